@@ -1,0 +1,180 @@
+"""Configuration of the hybrid backbone, with the field names of Nemotron-H's released config.json."""
+
+import math
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+MIXERS = {"M": "mamba", "*": "attention", "-": "mlp", "E": "moe"}
+MAMBA_DIRECTIONS = ("forward", "bidirectional", "gated")
+
+_LETTERS = {
+    "mamba": "M", "linear_attention": "M", "attention": "*", "full_attention": "*",
+    "mlp": "-", "moe": "E",
+}  # fmt: skip
+
+# the spelling of some released files -> the field here
+_OLD_NAMES = {
+    "mamba_n_groups": "n_groups",
+    "mamba_d_conv": "conv_kernel",
+    "mamba_expand": "expand",
+    "mamba_dt_min": "time_step_min",
+    "mamba_dt_max": "time_step_max",
+    "mamba_dt_limit": "time_step_limit",
+    "mamba_dt_init_floor": "time_step_floor",
+    "mamba_conv_bias": "use_conv_bias",
+    "mamba_chunk_size": "chunk_size",
+    "attention_head_dim": "head_dim",
+    "rms_norm_eps": "layer_norm_epsilon",
+    "norm_eps": "layer_norm_epsilon",
+    "num_local_experts": "n_routed_experts",
+}
+
+
+@strict
+class HybridConfig(PreTrainedConfig):
+    """Shape of a hybrid Mamba-2 / attention / MLP / MoE stack (arXiv 2504.03624, 2512.20856).
+
+    Fields are spelled as in the released Nemotron-H files, old spellings are accepted; only the
+    fields below are ours or need a word.
+
+    Args:
+        hybrid_override_pattern: one letter per layer: `M` Mamba-2, `*` attention, `-` MLP,
+            `E` mixture of experts. `layers_block_type`, the list form, is accepted instead.
+        time_step_limit: clamp on the Mamba step sizes at run time; (0, inf) in every release.
+        moe_latent_size: width the routed experts work in (LatentMoE, arXiv 2601.18089), or None.
+        mamba_direction: how Mamba layers read a block in denoise and prefix mode: "forward" (from
+            the cached state), "bidirectional" (a scan from the block's end is added) or "gated"
+            (the same times a per-head gate that starts at zero).
+
+    Raises:
+        ValueError: unknown pattern letters or direction, or sizes that do not divide.
+    """
+
+    model_type = "tess_hybrid"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    vocab_size: int = 131072
+    hidden_size: int = 4096
+    hybrid_override_pattern: str = "ME*-"
+    tie_word_embeddings: bool = False
+    use_cache: bool = True
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+    initializer_range: float = 0.02
+    layer_norm_epsilon: float = 1e-5
+    max_position_embeddings: int = 4096
+    rescale_prenorm_residual: bool = True
+
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 8
+    head_dim: int = 128
+    attention_bias: bool = False
+    attention_dropout: float | int = 0.0
+
+    intermediate_size: int = 21504
+    mlp_hidden_act: str = "relu2"
+    mlp_bias: bool = False
+
+    ssm_state_size: int = 128
+    mamba_num_heads: int = 128
+    mamba_head_dim: int = 64
+    mamba_hidden_act: str = "silu"
+    mamba_direction: str = "forward"
+    n_groups: int = 8
+    conv_kernel: int = 4
+    use_conv_bias: bool = True
+    use_bias: bool = False
+    chunk_size: int = 128
+    time_step_min: float = 0.001
+    time_step_max: float = 0.1
+    time_step_floor: float = 1e-4
+    time_step_limit: list[float] | tuple[float, ...] = (0.0, math.inf)
+
+    n_routed_experts: int = 8
+    num_experts_per_tok: int = 2
+    moe_intermediate_size: int = 7688
+    moe_shared_expert_intermediate_size: int = 7688
+    moe_latent_size: int | None = None
+    routed_scaling_factor: float | int = 1.0
+    norm_topk_prob: bool = True
+    n_group: int = 1
+    topk_group: int = 1
+
+    def __post_init__(self, **kwargs) -> None:
+        for old, new in _OLD_NAMES.items():
+            if old in kwargs:
+                setattr(self, new, kwargs.pop(old))
+        blocks = kwargs.pop("layers_block_type", None) or kwargs.pop("layer_types", None)
+        if blocks is not None:
+            self.hybrid_override_pattern = pattern_from_blocks(blocks)
+        kwargs.pop("num_hidden_layers", None)  # follows from the pattern
+        super().__post_init__(**kwargs)
+        self._check()
+
+    @property
+    def layers_block_type(self) -> list[str]:
+        """Kind of every layer, in words."""
+        return [MIXERS[letter] for letter in self.hybrid_override_pattern]
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Number of layers, one mixer each."""
+        return len(self.hybrid_override_pattern)
+
+    @num_hidden_layers.setter
+    def num_hidden_layers(self, value: int) -> None:
+        """Ignored: the pattern decides. Released files carry the number, so it must be settable."""
+
+    @property
+    def mamba_inner_size(self) -> int:
+        """Channels of the Mamba mixer: heads x head width."""
+        return self.mamba_num_heads * self.mamba_head_dim
+
+    @property
+    def conv_dim(self) -> int:
+        """Channels of the Mamba convolution: x, B and C."""
+        return self.mamba_inner_size + 2 * self.n_groups * self.ssm_state_size
+
+    def _check(self) -> None:
+        pattern = self.hybrid_override_pattern
+        if strange := sorted(set(pattern) - set(MIXERS)):
+            raise ValueError(
+                f"hybrid_override_pattern {pattern!r} has {strange}; layers are {sorted(MIXERS)}"
+            )
+        if not pattern:
+            raise ValueError("hybrid_override_pattern is empty; it needs at least one layer")
+        if self.mamba_direction not in MAMBA_DIRECTIONS:
+            raise ValueError(
+                f"mamba_direction must be one of {', '.join(MAMBA_DIRECTIONS)}, "
+                f"got {self.mamba_direction!r}"
+            )
+        for act, expected in ((self.mlp_hidden_act, "relu2"), (self.mamba_hidden_act, "silu")):
+            if act != expected:
+                raise ValueError(f"activation must be {expected!r} as in every release, got {act!r}")
+        for name, whole, part in (
+            ("num_key_value_heads", self.num_attention_heads, self.num_key_value_heads),
+            ("n_groups", self.mamba_num_heads, self.n_groups),
+            ("n_group", self.n_routed_experts, self.n_group),
+        ):
+            if whole % part:
+                raise ValueError(f"{name}={part} does not divide the {whole} heads or experts")
+        if "E" in pattern and self.num_experts_per_tok > (
+            self.n_routed_experts // self.n_group * self.topk_group
+        ):
+            raise ValueError(
+                f"num_experts_per_tok={self.num_experts_per_tok} is more than the "
+                f"{self.n_routed_experts // self.n_group * self.topk_group} experts in reach"
+            )
+
+
+def pattern_from_blocks(blocks: list[str]) -> str:
+    """`["mamba", "moe", ...]` (or transformers' names) as a pattern string.
+
+    Raises:
+        ValueError: a block name that no release uses.
+    """
+    if strange := sorted(set(blocks) - set(_LETTERS)):
+        raise ValueError(f"layers_block_type has {strange}; blocks are {sorted(_LETTERS)}")
+    return "".join(_LETTERS[block] for block in blocks)

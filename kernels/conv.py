@@ -1,0 +1,44 @@
+"""Depthwise causal convolution with SiLU, over [batch, length, channels] as the projections give it.
+
+Letters: B batch, L length, D channels, K taps.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def causal_conv1d(
+    x_BLD: Tensor, weight_DK: Tensor, bias_D: Tensor | None, window_BKD: Tensor | None = None
+) -> Tensor:
+    """SiLU(bias + sum_k weight[:, k] x[t - (K-1) + k]) for every position t.
+
+    Args:
+        x_BLD: inputs of the block.
+        weight_DK: taps; the last one multiplies the current position.
+        bias_D: one value per channel, or None.
+        window_BKD: the K-1 inputs just before the block [B, K-1, D]; zeros when None.
+
+    Returns [B, L, D] in the dtype of x.
+    """
+    taps = weight_DK.shape[1]
+    length = x_BLD.shape[1]
+    if window_BKD is None:
+        padded = F.pad(x_BLD, (0, 0, taps - 1, 0))
+    else:
+        padded = torch.cat([window_BKD.to(x_BLD.dtype), x_BLD], dim=1)
+    weight_KD = weight_DK.to(x_BLD.dtype).T
+    out = x_BLD * weight_KD[-1]
+    if bias_D is not None:
+        out = out + bias_D.to(x_BLD.dtype)
+    for k in range(taps - 1):
+        out = torch.addcmul(out, padded[:, k : k + length], weight_KD[k])
+    return F.silu(out)
+
+
+def next_window(x_BLD: Tensor, taps: int, window_BKD: Tensor | None = None) -> Tensor:
+    """The last K-1 inputs seen so far [B, K-1, D], to start the next block from."""
+    if window_BKD is None:
+        window_BKD = x_BLD.new_zeros(x_BLD.shape[0], taps - 1, x_BLD.shape[2])
+    joined = torch.cat([window_BKD.to(x_BLD.dtype), x_BLD[:, max(0, x_BLD.shape[1] - taps + 1) :]], 1)
+    return joined[:, joined.shape[1] - (taps - 1) :]

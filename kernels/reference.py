@@ -1,0 +1,143 @@
+"""What every operation of this folder means, written to be read; slow on purpose, float64-capable.
+
+Tests hold the fast paths against these functions. Nothing outside tests and benchmarks calls them.
+
+Letters: B batch, L length, H heads, P head width, G groups of B/C, N state width, D channels,
+K window, T tokens, E experts, S top-k, F expert inner width.
+"""
+
+import torch
+from torch import Tensor
+
+
+def ssd_scan(
+    x_BLHP: Tensor,
+    dt_BLH: Tensor,
+    a_H: Tensor,
+    b_BLGN: Tensor,
+    c_BLGN: Tensor,
+    *,
+    direction: str = "forward",
+    reverse_scale_H: Tensor | None = None,
+    initial_state_BHPN: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The Mamba-2 recurrence as a loop over time (arXiv 2405.21060, section 2; no D term).
+
+    S_t = exp(dt_t a) S_(t-1) + dt_t x_t b_t^T and y_t = S_t c_t. `direction="reverse"` runs the
+    same recurrence from the last position to the first; "bidirectional" adds both with the
+    current token counted once, the reverse part times `reverse_scale_H` when that is given.
+
+    Returns y [B, L, H, P] and the state after the last position of the forward scan [B, H, P, N]
+    (for "reverse": after the first position).
+    """
+    if direction == "bidirectional":
+        forward, final_state = ssd_scan(
+            x_BLHP, dt_BLH, a_H, b_BLGN, c_BLGN, initial_state_BHPN=initial_state_BHPN
+        )
+        backward, _ = ssd_scan(x_BLHP, dt_BLH, a_H, b_BLGN, c_BLGN, direction="reverse")
+        heads = x_BLHP.shape[2] // b_BLGN.shape[2]
+        cb_BLH = (b_BLGN * c_BLGN).sum(-1).repeat_interleave(heads, dim=-1)
+        backward = backward - (dt_BLH * cb_BLH)[..., None] * x_BLHP
+        if reverse_scale_H is not None:
+            backward = backward * reverse_scale_H[:, None]
+        return forward + backward, final_state
+
+    if direction == "reverse":
+        flipped = [tensor.flip(1) for tensor in (x_BLHP, dt_BLH, b_BLGN, c_BLGN)]
+        y, state = ssd_scan(
+            flipped[0], flipped[1], a_H, *flipped[2:], initial_state_BHPN=initial_state_BHPN
+        )
+        return y.flip(1), state
+
+    batch, length, heads, width = x_BLHP.shape
+    repeat = heads // b_BLGN.shape[2]
+    b_BLHN, c_BLHN = (tensor.repeat_interleave(repeat, dim=2) for tensor in (b_BLGN, c_BLGN))
+    state = initial_state_BHPN
+    if state is None:
+        state = x_BLHP.new_zeros(batch, heads, width, b_BLGN.shape[-1])
+    outputs = []
+    for t in range(length):
+        decay = (dt_BLH[:, t] * a_H).exp()[..., None, None]
+        update = (dt_BLH[:, t, :, None] * x_BLHP[:, t])[..., None] * b_BLHN[:, t, :, None, :]
+        state = decay * state + update
+        outputs.append((state * c_BLHN[:, t, :, None, :]).sum(-1))
+    y = torch.stack(outputs, dim=1) if outputs else x_BLHP.clone()
+    return y, state
+
+
+def causal_conv1d(
+    x_BLD: Tensor, weight_DK: Tensor, bias_D: Tensor | None, window_BKD: Tensor | None = None
+) -> Tensor:
+    """SiLU of a depthwise causal convolution; tap K-1 multiplies the current position.
+
+    `window_BKD` holds the K-1 inputs before the block (zeros when None).
+    """
+    taps = weight_DK.shape[1]
+    if window_BKD is None:
+        window_BKD = x_BLD.new_zeros(x_BLD.shape[0], taps - 1, x_BLD.shape[2])
+    padded = torch.cat([window_BKD, x_BLD], dim=1)
+    out = torch.stack(
+        [(padded[:, t : t + taps] * weight_DK.T).sum(1) for t in range(x_BLD.shape[1])], dim=1
+    )
+    if bias_D is not None:
+        out = out + bias_D
+    return out * torch.sigmoid(out)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis."""
+    return x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight
+
+
+def gated_group_rms_norm(
+    x: Tensor, gate: Tensor, weight: Tensor, num_groups: int, eps: float
+) -> Tensor:
+    """Mamba-2's gated norm, gate first: g = x SiLU(gate), each group of channels by its own RMS."""
+    gated = x * gate * torch.sigmoid(gate)
+    grouped = gated.unflatten(-1, (num_groups, -1))
+    normed = grouped / (grouped.pow(2).mean(-1, keepdim=True) + eps).sqrt()
+    return normed.flatten(-2) * weight
+
+
+def route_tokens(
+    logits_TE: Tensor,
+    bias_E: Tensor,
+    top_k: int,
+    *,
+    num_groups: int = 1,
+    top_groups: int = 1,
+    normalize: bool = True,
+    scaling: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Sigmoid router with grouped top-k (DeepSeek-V3, arXiv 2412.19437, section 2.1.2), by loops.
+
+    The bias takes part in the choice only; weights are the plain sigmoid scores of the chosen.
+    Returns ids [T, S] in falling order of biased score and weights [T, S].
+    """
+    scores_TE = torch.sigmoid(logits_TE)
+    ids, weights = [], []
+    for scores, biased in zip(scores_TE, scores_TE + bias_E):
+        members = biased.view(num_groups, -1)
+        best_two = members.sort(dim=-1, descending=True).values[:, :2].sum(-1)
+        allowed = best_two.argsort(descending=True)[:top_groups].tolist()
+        size = members.shape[1]
+        order = [e for e in biased.argsort(descending=True).tolist() if e // size in allowed]
+        chosen = torch.tensor(order[:top_k], device=logits_TE.device)
+        weight = scores[chosen]
+        if normalize:
+            weight = weight / (weight.sum() + 1e-20)
+        ids.append(chosen)
+        weights.append(weight * scaling)
+    return torch.stack(ids), torch.stack(weights)
+
+
+def experts(
+    x_TD: Tensor, ids_TS: Tensor, weights_TS: Tensor, up_EFD: Tensor, down_EDF: Tensor
+) -> Tensor:
+    """Sum over a token's experts of weight * down relu(up x)^2, token by token."""
+    out = torch.zeros_like(x_TD)
+    for t in range(x_TD.shape[0]):
+        for expert, weight in zip(ids_TS[t].tolist(), weights_TS[t]):
+            hidden = torch.relu(up_EFD[expert] @ x_TD[t]).square()
+            out[t] = out[t] + weight * (down_EDF[expert] @ hidden)
+    return out

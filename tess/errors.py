@@ -1,0 +1,5 @@
+"""The one exception that means: the user asked for something that cannot be done."""
+
+
+class UserError(ValueError):
+    """A wrong input, flag, file or shape; the message is one sentence saying what was expected and what came."""

@@ -7,7 +7,14 @@ import math
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel, initialization
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    GenerationMixin,
+    PreTrainedModel,
+    initialization,
+)
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import MergeModulelist, WeightConverter
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -244,3 +251,7 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
         if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = HybridCache()
+
+AutoConfig.register(HybridConfig.model_type, HybridConfig)
+AutoModel.register(HybridConfig, HybridModel)
+AutoModelForCausalLM.register(HybridConfig, HybridForCausalLM)

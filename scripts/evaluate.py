@@ -1,0 +1,74 @@
+#!/usr/bin/env python
+"""Score a checkpoint on a task or a file of text pairs, beside the copy-the-source baseline.
+
+Writes report.json (keys: docs/evaluation.md), report.md and predictions.jsonl. Example:
+
+    python scripts/evaluate.py --task simplification --limit 20 --output_dir out
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from tess import evaluation
+from tess.cli import default_checkpoint, run
+from tess.decoders import load_decoder
+from tess.errors import UserError
+from tess.loading import load_rows
+from tess.tasks import DEFAULT_DATASET, TASKS, load_task
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--checkpoint", help="folder of a checkpoint (default: the one shipped in the repository)")
+    rows = parser.add_mutually_exclusive_group(required=True)
+    rows.add_argument("--task", help=f"one of {', '.join(TASKS)}")
+    rows.add_argument("--data", help="JSONL, CSV, TSV or Parquet file with source and target")
+    add("--split", help="split of the task (default: test)")
+    names = "; ".join(f"{task.name}: {', '.join(task.datasets)}" for task in TASKS.values())
+    add("--dataset", help=f"dataset of the task (default: {DEFAULT_DATASET}). {names}")
+    add("--source_column", default="source", help="column of --data (default: %(default)s)")
+    add("--target_column", default="target", help="column of --data (default: %(default)s)")
+    add("--decoder", help="tess or ar (default: what the checkpoint is)")
+    add("--num_inference_steps", type=int, help="denoising steps (default: the checkpoint's)")
+    add("--limit", type=int, help="evaluate only the first rows")
+    add("--seed", type=int, default=0, help="seed of the noise (default: %(default)s)")
+    add("--batch_size", type=int, default=8, help="texts at once (default: %(default)s)")
+    add("--output_dir", required=True, help="folder for the three files; made if missing")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
+    if args.data:
+        if args.split or args.dataset:
+            raise UserError("--split and --dataset go with --task, not with --data")
+        examples = load_rows(args.data, args.source_column, args.target_column)
+        data = {"file": args.data, "task": None, "dataset": None, "split": None}
+    else:
+        split, dataset = args.split or "test", args.dataset or DEFAULT_DATASET
+        examples = load_task(args.task, split, dataset, args.limit)
+        data = {"file": None, "task": args.task, "dataset": dataset, "split": split}
+    folder = evaluation.prepare_output_dir(args.output_dir)
+    checkpoint = Path(args.checkpoint) if args.checkpoint else default_checkpoint()
+    result = evaluation.evaluate(
+        load_decoder(checkpoint, args.decoder),
+        examples,
+        checkpoint=str(checkpoint),
+        data=data,
+        num_inference_steps=args.num_inference_steps,
+        seed=args.seed,
+        batch_size=args.batch_size,
+        limit=args.limit,
+        progress=True,
+    )
+    paths = evaluation.write_report(result, folder)
+    print(evaluation.summary(result.report))
+    print("wrote", ", ".join(str(path) for path in paths))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,121 @@
+"""Write a text for each source: scripts/generate.py [TEXT ...] [--input FILE] [--checkpoint DIR] [--decoder tess|ar]
+
+Prints the texts, the number of network evaluations (NFE) and the time. Without --checkpoint the shipped one is used.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tess.cli import default_checkpoint, run
+from tess.decoders import DECODERS, Generation, load_decoder
+from tess.errors import UserError
+
+JSON_KEYS = """\
+--json prints one object with the keys
+  decoder            "tess" or "ar"
+  checkpoint         the folder that was asked for
+  num_parameters     of the model
+  num_inference_steps, gen_length, seed, top_p, temperature   as given; null where the default was taken
+  load_seconds, generate_seconds                              wall-clock time
+  results            a list with an object per source, in order:
+      source, text       strings
+      num_new_tokens     tokens of the text, </s> included
+      nfe                network evaluations over the target
+"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The flags; names are stable."""
+    parser = argparse.ArgumentParser(
+        prog="scripts/generate.py",
+        description=__doc__,
+        epilog=JSON_KEYS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("texts", nargs="*", metavar="TEXT", help="source texts")
+    parser.add_argument("--input", type=Path, metavar="FILE", help="a file with one source per line; - reads stdin")
+    parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="a checkpoint folder (default: the shipped one)")
+    parser.add_argument("--decoder", choices=DECODERS, help="default: tess where the checkpoint has it")
+    parser.add_argument("--num_inference_steps", type=int, metavar="N", help="sampling steps of tess (default 16)")
+    parser.add_argument("--gen_length", type=int, metavar="N", help="most new tokens (default: by the source's length)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same text (default 0)")
+    parser.add_argument("--top_p", type=float, metavar="P", help="sample from this mass (default: the likeliest token)")
+    parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="with --top_p (default 1)")
+    parser.add_argument("--batch_size", type=int, default=8, metavar="N", help="texts at once (default 8)")
+    parser.add_argument("--strict", action="store_true", help="refuse a too long text instead of cutting it")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, see below")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = make_parser().parse_args(argv)
+    texts = args.texts + (read_lines(args.input) if args.input else [])
+    if not texts:
+        raise UserError("give a text, or a file of texts with --input")
+    for text in texts:
+        if not text.strip():
+            raise UserError("expected a text, got an empty one (or only white space)")
+    checkpoint = args.checkpoint or default_checkpoint()
+    options = {
+        name: getattr(args, name) for name in ("num_inference_steps", "gen_length", "seed", "top_p", "temperature")
+    }
+    start = time.perf_counter()
+    decoder = load_decoder(checkpoint, args.decoder)
+    loaded = time.perf_counter()
+    results = decoder.generate(texts, batch_size=args.batch_size, strict=args.strict, **options)
+    seconds = {"load_seconds": loaded - start, "generate_seconds": time.perf_counter() - loaded}
+    head = {"decoder": decoder.name, "checkpoint": str(checkpoint), "num_parameters": decoder.num_parameters}
+    if args.json:
+        print(json.dumps({**head, **options, **seconds, "results": as_rows(texts, results)}, ensure_ascii=False, indent=2))
+    else:
+        print_texts(results, head, seconds)
+    return 0
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a file that are not blank.
+
+    Raises:
+        UserError: no such file, not UTF-8, or no text in it.
+    """
+    try:
+        content = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise UserError(f"there is no file {str(path)!r}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: expected UTF-8 text, found other bytes") from error
+    lines = [line for line in content.split("\n") if line.strip()]
+    if not lines:
+        raise UserError(f"{path}: expected at least one text, found none")
+    return lines
+
+
+def as_rows(texts: list[str], results: list[Generation]) -> list[dict[str, Any]]:
+    return [
+        {"source": text, "text": result.text, "num_new_tokens": result.num_new_tokens, "nfe": result.nfe}
+        for text, result in zip(texts, results, strict=True)
+    ]
+
+
+def print_texts(results: list[Generation], head: dict[str, Any], seconds: dict[str, float]) -> None:
+    for result in results:
+        print(result.text)
+    evaluations = [result.nfe for result in results]
+    tokens = sum(result.num_new_tokens for result in results)
+    most = max(evaluations)
+    mean = sum(evaluations) / len(evaluations)
+    nfe = f"{most}" if len(results) == 1 else f"{mean:.1f} mean, {most} most"
+    print(
+        f"[{head['decoder']}] network evaluations: {nfe} · {tokens} new tokens in "
+        f"{seconds['generate_seconds']:.2f} s · loading {seconds['load_seconds']:.2f} s · "
+        f"{head['num_parameters'] / 1e6:.1f} M parameters"
+    )
+
+
+if __name__ == "__main__":
+    run(main)

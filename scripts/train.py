@@ -1,0 +1,21 @@
+"""Train a model: scripts/train.py [CONFIG.yaml|json] [--flag value ...]
+
+CONFIG holds any of the flags below as keys; flags win over it. The same command goes on from the last checkpoint in
+--output_dir. The result is OUTPUT_DIR/final, which scripts/generate.py and scripts/evaluate.py take as --checkpoint.
+"""
+
+from collections.abc import Sequence
+
+from tess.arguments import parse_settings
+from tess.cli import run
+from tess.training import train
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    final = train(parse_settings(argv, description=__doc__))
+    print(f"saved {final}")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

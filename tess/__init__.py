@@ -1,0 +1,57 @@
+"""Simplex diffusion for text on a hybrid backbone.
+
+The names below are loaded at first use (PEP 562): `import tess` loads nothing else, so that the
+kernels can be used and tested where neither transformers nor diffusers is installed.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # what editors and type checkers read
+    from tess.backbones.cache import HybridCache
+    from tess.backbones.config import HybridConfig
+    from tess.backbones.hybrid import HybridForCausalLM, HybridModel
+    from tess.config import TessConfig
+    from tess.decoders import load_decoder
+    from tess.denoiser import TessDenoiser
+    from tess.pipeline import TessPipeline
+    from tess.schedulers.renoising import RenoisingScheduler
+    from tess.schedulers.simplex import NoisedSimplex
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "HybridCache",
+    "HybridConfig",
+    "HybridForCausalLM",
+    "HybridModel",
+    "NoisedSimplex",
+    "RenoisingScheduler",
+    "TessConfig",
+    "TessDenoiser",
+    "TessPipeline",
+    "load_decoder",
+]
+
+_HOME = {
+    "HybridCache": "tess.backbones.cache",
+    "HybridConfig": "tess.backbones.config",
+    "HybridForCausalLM": "tess.backbones.hybrid",
+    "HybridModel": "tess.backbones.hybrid",
+    "NoisedSimplex": "tess.schedulers.simplex",
+    "RenoisingScheduler": "tess.schedulers.renoising",
+    "TessConfig": "tess.config",
+    "TessDenoiser": "tess.denoiser",
+    "TessPipeline": "tess.pipeline",
+    "load_decoder": "tess.decoders",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'tess' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

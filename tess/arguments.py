@@ -1,0 +1,290 @@
+"""Settings of a training run: four dataclasses, filled from a YAML or JSON file and from flags, flags winning.
+
+The file's keys are the flags' names, in one flat mapping. A key or flag that does not exist is an error that names the
+nearest ones.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from tess.backbones.config import HybridConfig
+from tess.errors import UserError
+
+
+def _option(default: Any, help: str, **more: Any) -> Any:
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help, **more})
+    return field(default=default, metadata={"help": help, **more})
+
+
+@dataclass
+class ModelArguments:
+    """The backbone and the tokenizer; sizes left out are those of a small model (`SMALL_BACKBONE`)."""
+
+    objective: str = _option(
+        "tess", "What to train: tess (simplex diffusion) or ar (next-token prediction).", choices=["tess", "ar"]
+    )
+    init_from: str | None = _option(
+        None, "Start from the weights of this checkpoint folder, tess or ar; its tokenizer is used too."
+    )
+    tokenizer: str | None = _option(None, "Folder or hub name of a Hugging Face tokenizer with pad and eos.")
+    train_tokenizer: bool = _option(False, "Train a byte-level BPE of vocab_size on the training texts.")
+    vocab_size: int | None = _option(
+        None, "Ids of the model; default: 4096 for a trained tokenizer, else the tokenizer's own size."
+    )
+    hybrid_override_pattern: str | None = _option(
+        None, "One letter per layer: M Mamba-2, * attention, - MLP, E mixture of experts."
+    )
+    hidden_size: int | None = _option(None, "Width of the model.")
+    num_attention_heads: int | None = _option(None, "Query heads.")
+    num_key_value_heads: int | None = _option(None, "Key and value heads.")
+    head_dim: int | None = _option(None, "Width of an attention head.")
+    intermediate_size: int | None = _option(None, "Inner width of the MLP layers.")
+    ssm_state_size: int | None = _option(None, "State size of a Mamba head.")
+    mamba_num_heads: int | None = _option(None, "Mamba heads.")
+    mamba_head_dim: int | None = _option(None, "Width of a Mamba head.")
+    n_groups: int | None = _option(None, "Groups of Mamba heads that share B and C.")
+    conv_kernel: int | None = _option(None, "Width of the causal convolution.")
+    chunk_size: int | None = _option(None, "Positions per chunk of the Mamba scan.")
+    n_routed_experts: int | None = _option(None, "Experts of an E layer.")
+    num_experts_per_tok: int | None = _option(None, "Experts that a token is sent to.")
+    moe_intermediate_size: int | None = _option(None, "Inner width of a routed expert.")
+    moe_shared_expert_intermediate_size: int | None = _option(None, "Inner width of the shared expert.")
+    moe_latent_size: int | None = _option(None, "Width that the routed experts work in (LatentMoE).")
+    tie_word_embeddings: bool | None = _option(None, "Share the embedding and the head (default: true).")
+    mamba_direction: str | None = _option(
+        None, "Mamba layers in denoise mode: forward, bidirectional or gated (default: bidirectional for tess)."
+    )
+
+    def backbone_overrides(self) -> dict[str, Any]:
+        """The backbone's fields that were set."""
+        names = [f.name for f in dataclasses.fields(self) if f.name in HybridConfig.__dataclass_fields__]
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+
+SMALL_BACKBONE: dict[str, Any] = {
+    "hybrid_override_pattern": "M*E-",
+    "hidden_size": 192,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "intermediate_size": 384,
+    "ssm_state_size": 32,
+    "mamba_num_heads": 12,
+    "mamba_head_dim": 32,
+    "n_groups": 2,
+    "chunk_size": 32,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 192,
+    "moe_shared_expert_intermediate_size": 192,
+    "tie_word_embeddings": True,
+}
+"""The model that is trained where no size is given: about a minute per thousand pairs on two cores."""
+
+
+@dataclass
+class DiffusionArguments:
+    """The diffusion process and the denoiser's settings (objective tess). A default of None is the model's own."""
+
+    simplex_value: float | None = _option(None, "k: a token is +k on its own coordinate and -k elsewhere.")
+    num_diffusion_steps: int = _option(5000, "T, and so the most sampling steps.")
+    beta_schedule: str = _option("squaredcos_improved_ddpm", "Noise schedule.")
+    cosine_s: float = _option(1e-4, "Offset s of the cosine schedule.")
+    source_encoding: str | None = _option(None, "How the source is read: causal, bidirectional, or joint with the target.")
+    self_conditioning: str | None = _option(None, "Self-conditioning variant, or none.")
+    self_conditioning_mix: str | None = _option(None, "Where it is mixed in: probabilities, embeddings or logits.")
+    self_conditioning_zeros_after_softmax: bool | None = _option(
+        None, "Without a previous prediction use zeros, not the uniform distribution."
+    )
+    self_conditioning_mlp: bool | None = _option(None, "An MLP in the variants that have a projection.")
+    self_conditioning_probability: float = _option(0.5, "Share of training batches with a first pass.")
+    deepmind_conditional: bool | None = _option(None, "The SED variant of conditioning on the clean context.")
+    num_source_positions: int | None = _option(None, "Learned absolute positions for the source (0: none).")
+    num_target_positions: int | None = _option(None, "Learned absolute positions for the target (0: none).")
+    source_drop_probability: float = _option(0.0, "Share of batches without their source, for guidance.")
+    stratified_timesteps: bool = _option(True, "One time from each of B equal parts of (0, 1] per batch.")
+    pad_loss_weight: float = _option(0.0, "Above 0: the canvas goes on over padding, with this loss weight.")
+    canvas: str = _option(
+        "batch", "With pad_loss_weight: the canvas ends with the batch's longest, or by the length rule.",
+        choices=["batch", "rule"],
+    )
+    length_quantile: float | None = _option(
+        None,
+        "Share of training targets that fit the default generation length; default 0.99 with pad_loss_weight, and 0.5 "
+        "without it (such a model fills its canvas).",
+    )  # fmt: skip
+
+    def denoiser_overrides(self) -> dict[str, Any]:
+        """The denoiser config's fields that were set."""
+        names = [
+            "simplex_value", "source_encoding", "self_conditioning", "self_conditioning_mix",
+            "self_conditioning_zeros_after_softmax", "self_conditioning_mlp", "deepmind_conditional",
+            "num_source_positions", "num_target_positions",
+        ]  # fmt: skip
+        chosen = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if chosen.get("self_conditioning") == "none":
+            chosen["self_conditioning"] = None
+        return chosen
+
+
+@dataclass
+class DataArguments:
+    """Where texts come from, and what they are trained on."""
+
+    task: str | None = _option(None, "Train on this task's packaged rows, or on its --dataset.")
+    dataset: str | None = _option(None, "A dataset of --task.")
+    train_file: list[str] = _option([], "Local files of pairs or texts: JSONL, CSV, TSV, Parquet (.gz too), or .txt.")
+    validation_file: list[str] = _option([], "The same for evaluation.")
+    data_root: str | None = _option(None, "Folder that relative file names start from.")
+    source_column: str = _option("source", "Column of the source.")
+    target_column: str = _option("target", "Column of the target; of a list the first is used.")
+    text_column: str | None = _option(None, "Read raw text from this column; no sources and targets then.")
+    detokenize: bool = _option(False, "Undo Penn-Treebank tokenisation of local files (tess/detokenize.py).")
+    max_source_length: int = _option(128, "Tokens of a source, special ones included; longer ones are cut.")
+    max_target_length: int = _option(128, "Tokens of a target, special ones included; longer ones are cut.")
+    conditional_generation: str = _option(
+        "seq2seq",
+        "Objective, or several separated by commas (one is drawn per batch): seq2seq, prefix_lm, span_infilling, ul2, "
+        "unconditional, ul2_with_unconditional, text_infilling.",
+    )
+    max_train_samples: int | None = _option(None, "Use the first so many training rows.")
+    max_eval_samples: int | None = _option(None, "Use the first so many evaluation rows.")
+    bucket_by_length: bool = _option(True, "Batches of like lengths: less padding.")
+
+
+@dataclass
+class RunArguments:
+    """What this project adds to transformers' own settings."""
+
+    save_dtype: str = _option(
+        "float32", "Type of the weights in the final folder.", choices=["float32", "bfloat16", "float16"]
+    )
+    ema_decay: float = _option(0.0, "Decay of the weights' moving average (0: none); evaluated and saved instead.")
+    router_balance_rate: float = _option(0.001, "Step of the experts' load-balancing bias after each update (0: none).")
+    num_samples_to_print: int = _option(3, "Generated texts to print before training and at each evaluation.")
+    num_inference_steps: int = _option(20, "Sampling steps for the printed texts.")
+
+
+@dataclass
+class Settings:
+    """All settings of a run."""
+
+    model: ModelArguments
+    diffusion: DiffusionArguments
+    data: DataArguments
+    run: RunArguments
+    training: TrainingArguments
+
+
+class _Parser(HfArgumentParser):
+    """HfArgumentParser whose errors are `UserError`s, without the usage of two hundred flags before them."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def make_parser(description: str) -> HfArgumentParser:
+    """The parser of `scripts/train.py`."""
+    return _Parser(
+        (ModelArguments, DiffusionArguments, DataArguments, RunArguments, TrainingArguments),
+        prog="scripts/train.py",
+        usage="scripts/train.py [CONFIG.yaml|json] [--flag value ...]",
+        description=description,
+        allow_abbrev=False,
+        formatter_class=argparse.HelpFormatter,
+    )
+
+
+def parse_settings(argv: Sequence[str] | None = None, description: str = "") -> Settings:
+    """Read `[CONFIG] [--flag value ...]`; a flag wins over the file.
+
+    Raises:
+        UserError: unreadable file, unknown key or flag (with near matches), or a value of the wrong type.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = make_parser(description)
+    known = {action.dest: action for action in parser._actions if action.dest != "help"}
+    if argv and not argv[0].startswith("-"):
+        argv = _flags_from_file(Path(argv[0]), known) + argv[1:]
+    # `prediction_loss_only` and the columns are fixed by our collators; see `training.TextTrainer`.
+    *parts, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if unknown:
+        raise UserError(_unknown(unknown[0], [f"--{name}" for name in known], "flag"))
+    settings = Settings(*parts)
+    _check(settings)
+    return settings
+
+
+def _flags_from_file(path: Path, known: dict[str, argparse.Action]) -> list[str]:
+    """The file's settings as flags, so that both ways are checked by one parser."""
+    flags: list[str] = []
+    for key, value in read_config(path).items():
+        if key not in known:
+            raise UserError(f"{path}: {_unknown(key, list(known), 'key')}")
+        if value is None:
+            continue
+        values = value if isinstance(value, list) else [value]
+        flags += [f"--{key}", *(json.dumps(v) if isinstance(v, dict) else str(v) for v in values)]
+    return flags
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML or JSON file.
+
+    Raises:
+        UserError: when it is missing, of another kind, broken, or no mapping.
+    """
+    if path.suffix not in (".yaml", ".yml", ".json"):
+        raise UserError(f"expected a .yaml or .json file of settings, got {str(path)!r}")
+    if not path.is_file():
+        raise UserError(f"there is no file {str(path)!r}")
+    try:
+        config = json.loads(path.read_text()) if path.suffix == ".json" else yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{path} is not readable: {error}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: expected a mapping of settings, found {type(config).__name__}")
+    return config
+
+
+def _unknown(name: str, known: list[str], kind: str) -> str:
+    near = difflib.get_close_matches(name, known, n=3)
+    hint = f"; did you mean {' or '.join(near)}?" if near else "; --help lists all"
+    return f"there is no {kind} {name!r}{hint}"
+
+
+def _check(settings: Settings) -> None:
+    model, data, run = settings.model, settings.data, settings.run
+    if settings.training.output_dir in (None, "trainer_output"):
+        raise UserError("name the folder to write to with --output_dir")
+    if bool(data.task) == bool(data.train_file):
+        raise UserError("give the training data by either --task or --train_file")
+    if data.dataset and not data.task:
+        raise UserError("--dataset belongs to a --task")
+    if sum((bool(model.tokenizer), model.train_tokenizer, bool(model.init_from))) != 1:
+        raise UserError("give exactly one of --tokenizer, --train_tokenizer and --init_from")
+    if model.init_from and (sizes := sorted(set(model.backbone_overrides()) - {"mamba_direction"})):
+        raise UserError(f"--{sizes[0]} is fixed by the checkpoint that --init_from names")
+    for name in ("max_source_length", "max_target_length"):
+        if getattr(data, name) < 3:
+            raise UserError(f"{name} must be at least 3 (two special tokens and text), got {getattr(data, name)}")
+    for owner, name in (
+        (run, "ema_decay"),
+        (settings.diffusion, "self_conditioning_probability"),
+        (settings.diffusion, "source_drop_probability"),
+    ):
+        if not 0 <= getattr(owner, name) <= 1:
+            raise UserError(f"{name} must be between 0 and 1, got {getattr(owner, name)}")
+    if run.ema_decay == 1:
+        raise UserError("ema_decay must be below 1, or the average never moves")

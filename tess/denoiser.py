@@ -1,0 +1,246 @@
+"""The TESS denoiser: a noised simplex and a time in, logits of the clean tokens out."""
+
+# B examples, S source positions, L target positions, V vocabulary, H hidden
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput, logging
+
+from tess.backbones.cache import HybridCache
+from tess.backbones.hybrid import HybridModel, init_hybrid_weights
+from tess.config import TessConfig
+from tess.errors import UserError
+from tess.schedulers.simplex import NoisedSimplex
+from tess.self_conditioning import SelfConditioning
+
+NAMES_SHOWN = 5
+
+
+@dataclass
+class DenoiserOutput(ModelOutput):
+    """logits: [B, L, V] float32. last_hidden_state: [B, L, H], the head's input."""
+
+    logits: Tensor | None = None
+    last_hidden_state: Tensor | None = None
+
+
+class TessDenoiser(PreTrainedModel):
+    """Predicts the clean target from its noised simplex, a time and the source (arXiv 2305.08379).
+
+    The input of a noised position is softmax(x) W with the word embedding W, mixed with the
+    previous prediction, plus a linear embedding of the time. The source has neither, so that its
+    encoding holds for all steps. The head is W again when the backbone ties its embeddings.
+    """
+
+    config_class = TessConfig
+    base_model_prefix = "backbone"
+    main_input_name = "sample"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _no_split_modules = ["HybridBlock"]
+    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
+
+    def __init__(self, config: TessConfig) -> None:
+        super().__init__(config)
+        width = config.hidden_size
+        self.backbone = HybridModel(config.backbone_config)
+        self.time_embedding = nn.Linear(1, width)
+        self.self_conditioning = SelfConditioning(config)
+        self.source_positions = _positions(config.num_source_positions, width)
+        self.target_positions = _positions(config.num_target_positions, width)
+        tied = config.backbone_config.tie_word_embeddings
+        self.lm_head = None if tied else nn.Linear(width, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The word embedding, which is the soft embedding's matrix too."""
+        return self.backbone.embeddings
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replace the word embedding."""
+        self.backbone.embeddings = value
+
+    def get_output_embeddings(self) -> nn.Linear | None:
+        """The head; None when it is the word embedding."""
+        return self.lm_head
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        init_hybrid_weights(module, self.config.backbone_config)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """`PreTrainedModel.from_pretrained`, but every tensor must be there, and no other.
+
+        Raises:
+            UserError: naming the missing, unknown or wrongly shaped tensors.
+        """
+        with_info = kwargs.pop("output_loading_info", False)
+        kwargs["ignore_mismatched_sizes"] = True  # reported below, in one sentence
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()  # its table of keys, which the error below replaces
+        try:
+            model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        finally:
+            logging.set_verbosity(verbosity)
+        problems = [
+            f"{word} {_name_some(info[key])}"
+            for word, key in (
+                ("lacks", "missing_keys"),
+                ("has unknown", "unexpected_keys"),
+                ("has wrongly shaped", "mismatched_keys"),
+            )
+            if info[key]
+        ]
+        if problems:
+            place = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+            raise UserError(f"the checkpoint {place} does not fit: it {' and '.join(problems)}")
+        return (model, info) if with_info else model
+
+    def encode_source(self, source_ids: Tensor, source_mask: Tensor | None) -> HybridCache | None:
+        """Read the source once, for any number of denoising steps.
+
+        source_ids, source_mask: [B, S], left-padded, mask 1 at tokens (None: no padding).
+        Returns None in the joint layout, where the source has no encoding of its own.
+        """
+        if self.config.source_encoding == "joint":
+            return None
+        cache = HybridCache()
+        self.backbone(
+            inputs_embeds=self._embed_source(source_ids, source_mask),
+            attention_mask=source_mask,
+            past_key_values=cache,
+            mode="causal" if self.config.source_encoding == "causal" else "prefix",
+        )
+        return cache
+
+    def forward(
+        self,
+        sample: NoisedSimplex | Tensor,
+        timesteps: Tensor,
+        previous: Tensor | None = None,
+        cache: HybridCache | None = None,
+        source_ids: Tensor | None = None,
+        source_mask: Tensor | None = None,
+        target_mask: Tensor | None = None,
+        clean_ids: Tensor | None = None,
+        noise_mask: Tensor | None = None,
+    ) -> DenoiserOutput:
+        """Predict the clean tokens of all target positions at once.
+
+        Args:
+            sample: the noised target, a `NoisedSimplex` or dense [B, L, V].
+            timesteps: [B] or [B, L] in [0, 1].
+            previous: the last prediction's logits [B, L, V], for self-conditioning (its tokens
+                [B, L] will do for the projection kinds); None: there is none yet.
+            cache: `encode_source`'s result, read and left as it is.
+            source_ids, source_mask: [B, S], left-padded: the source, when there is no cache.
+                Neither cache nor source: the target stands alone.
+            target_mask: [B, L], 1 inside the canvas, right-padded; None: everything.
+            clean_ids, noise_mask: [B, L]. Where noise_mask is 0 the position is context: it gets
+                the clean word embedding of clean_ids, no time and no self-conditioning.
+        """
+        if (clean_ids is None) != (noise_mask is None):
+            raise ValueError("clean_ids and noise_mask go together; got only one of them")
+        hidden_BLH = self._embed_target(sample, timesteps, previous, clean_ids, noise_mask)
+        length = hidden_BLH.shape[1]
+        joint = self.config.source_encoding == "joint" and source_ids is not None
+        if joint:
+            hidden_BLH, target_mask = self._prepend_source(
+                hidden_BLH, target_mask, source_ids, source_mask
+            )
+        elif cache is None and source_ids is not None:
+            cache = self.encode_source(source_ids, source_mask)
+        hidden_BLH = self.backbone(
+            inputs_embeds=hidden_BLH,
+            attention_mask=target_mask,
+            past_key_values=cache,
+            mode="denoise",
+        ).last_hidden_state[:, -length:]
+        head = self.backbone.embeddings if self.lm_head is None else self.lm_head
+        # float32, also under autocast: softmax and arg-max of the logits follow
+        logits_BLV = F.linear(hidden_BLH, head.weight).float()
+        return DenoiserOutput(logits=logits_BLV, last_hidden_state=hidden_BLH)
+
+    def _embed_source(self, source_ids: Tensor, source_mask: Tensor | None) -> Tensor:
+        hidden_BSH = self.backbone.embeddings(source_ids)
+        if self.source_positions is None:
+            return hidden_BSH
+        if source_mask is None:
+            source_mask = torch.ones_like(source_ids)
+        # counted from the first token, so that left padding does not move the text
+        place_BS = (source_mask.long().cumsum(dim=1) - 1).clamp_(min=0)
+        if source_ids.shape[1] > self.source_positions.num_embeddings:  # padding does not count
+            _check_length("source", int(place_BS.max()) + 1, self.source_positions)
+        return hidden_BSH + self.source_positions(place_BS)
+
+    def _embed_target(
+        self,
+        sample: NoisedSimplex | Tensor,
+        timesteps: Tensor,
+        previous: Tensor | None,
+        clean_ids: Tensor | None,
+        noise_mask: Tensor | None,
+    ) -> Tensor:
+        weight_VH = self.backbone.embeddings.weight
+        simplex_BLV = sample.float() if isinstance(sample, Tensor) else sample.logits()
+        clean_BLH = None if clean_ids is None else self.backbone.embeddings(clean_ids)
+        noised_BL = None if noise_mask is None else noise_mask.bool()
+        hidden_BLH = self.self_conditioning(simplex_BLV, previous, weight_VH, clean_BLH, noised_BL)
+        time_B11 = timesteps.to(weight_VH.dtype).reshape(len(hidden_BLH), -1, 1)
+        # The residual stream keeps the weights' precision, also under autocast.
+        timed_BLH = (hidden_BLH + self.time_embedding(time_B11)).to(weight_VH.dtype)
+        if noised_BL is None:
+            hidden_BLH = timed_BLH
+        else:
+            # the projected context of deepmind_conditional stands in for the word embedding
+            context_BLH = hidden_BLH if self.config.deepmind_conditional else clean_BLH
+            hidden_BLH = torch.where(noised_BL[..., None], timed_BLH, context_BLH.to(timed_BLH))
+        if self.target_positions is None:
+            return hidden_BLH
+        length = hidden_BLH.shape[1]
+        _check_length("target", length, self.target_positions)
+        return hidden_BLH + self.target_positions.weight[:length]
+
+    def _prepend_source(
+        self,
+        target_BLH: Tensor,
+        target_mask: Tensor | None,
+        source_ids: Tensor,
+        source_mask: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """TESS's layout: [source; target] as one block, left- and right-padded."""
+        source_BSH = self._embed_source(source_ids, source_mask)
+        if self.config.deepmind_conditional:
+            nothing = torch.zeros_like(source_BSH)
+            noised_BS = torch.zeros_like(source_ids, dtype=torch.bool)
+            source_BSH = self.self_conditioning.join(nothing, nothing, source_BSH, noised_BS)
+        if source_mask is None:
+            source_mask = torch.ones_like(source_ids)
+        if target_mask is None:
+            target_mask = source_mask.new_ones(target_BLH.shape[:2])
+        hidden_BNH = torch.cat([source_BSH.to(target_BLH), target_BLH], dim=1)
+        return hidden_BNH, torch.cat([source_mask, target_mask.to(source_mask)], dim=1)
+
+
+def _positions(count: int, width: int) -> nn.Embedding | None:
+    return nn.Embedding(count, width) if count else None
+
+
+def _check_length(side: str, length: int, positions: nn.Embedding) -> None:
+    if length > positions.num_embeddings:
+        raise ValueError(
+            f"the {side} has {length} positions, but num_{side}_positions is "
+            f"{positions.num_embeddings}"
+        )
+
+
+def _name_some(keys: Any) -> str:
+    names = sorted(str(key[0]) if isinstance(key, tuple) else str(key) for key in keys)
+    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+    return ", ".join(names[:NAMES_SHOWN]) + more

@@ -1,0 +1,154 @@
+"""Checkpoints on disk: written whole or not at all, and read strictly.
+
+A `tess` checkpoint is a pipeline folder (model_index.json, denoiser/, scheduler/, tokenizer/); an `ar` checkpoint is a
+plain Hugging Face folder (config.json, model.safetensors, the tokenizer's files).
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import PreTrainedTokenizerBase
+
+from tess.backbones.config import HybridConfig
+from tess.backbones.hybrid import HybridForCausalLM
+from tess.denoiser import TessDenoiser
+from tess.errors import UserError
+from tess.pipeline import TessPipeline
+from tess.schedulers.renoising import RenoisingScheduler
+from tess.tokenization import check_tokenizer, load_tokenizer
+
+Model = TessDenoiser | HybridForCausalLM
+
+
+@dataclass
+class Parts:
+    """What a checkpoint holds; an `ar` one has no scheduler."""
+
+    model: Model
+    tokenizer: PreTrainedTokenizerBase
+    scheduler: RenoisingScheduler | None = None
+
+
+@contextmanager
+def replaced_folder(final: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `final` when the block ends without an error.
+
+    Until then whatever was in `final` stays as it is; after an error the temporary folder is gone.
+
+    Raises:
+        UserError: when the disk refuses (full, read-only).
+    """
+    temporary = final.parent / ".saving" / final.name
+    old = final.parent / ".saving" / f"{final.name}.old"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        shutil.rmtree(old, ignore_errors=True)
+        if final.exists():
+            final.rename(old)
+        temporary.rename(final)
+    except BaseException as error:
+        if old.exists() and not final.exists():
+            old.rename(final)
+        if _is_disk_error(error):
+            reason = " ".join(str(error).split())
+            raise UserError(f"could not save {final} ({reason}); earlier checkpoints are untouched") from error
+        raise
+    finally:
+        shutil.rmtree(final.parent / ".saving", ignore_errors=True)
+
+
+def _is_disk_error(error: BaseException) -> bool:
+    # torch.save reports a failed write as a RuntimeError of its zip writer, safetensors by a class of its own.
+    zip_writer = isinstance(error, RuntimeError) and any(
+        words in str(error) for words in ("PytorchStreamWriter", "inline_container", "No space left")
+    )
+    return isinstance(error, OSError | SafetensorError) or zip_writer
+
+
+def save_parts(parts: Parts, folder: Path) -> None:
+    """Write a checkpoint into `folder`, which is not made atomically here: see `replaced_folder`."""
+    if parts.scheduler is None:
+        parts.model.save_pretrained(folder)
+        parts.tokenizer.save_pretrained(folder)
+    else:
+        pipeline = TessPipeline(denoiser=parts.model, scheduler=parts.scheduler, tokenizer=parts.tokenizer)
+        pipeline.save_pretrained(folder)
+
+
+def kind_of(folder: Path) -> str | None:
+    """`tess`, `ar`, or None when `folder` is no checkpoint."""
+    if (folder / "model_index.json").is_file():
+        return "tess"
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return "ar" if config.get("model_type") == HybridConfig.model_type else None
+
+
+def load_parts(folder: str | Path, dtype: torch.dtype = torch.float32) -> Parts:
+    """Read a checkpoint of either kind.
+
+    Raises:
+        UserError: no checkpoint there, a broken file, tensors missing or unknown (by name), or a tokenizer that does not
+            fit the model.
+    """
+    folder = Path(folder)
+    kind = kind_of(folder)
+    if kind is None:
+        raise UserError(
+            f"{folder} is not a checkpoint: expected a folder with model_index.json (tess), or with a config.json of "
+            f"model_type {HybridConfig.model_type!r} (ar)"
+        )
+    try:
+        if kind == "tess":
+            parts = Parts(
+                model=TessDenoiser.from_pretrained(folder / "denoiser", dtype=dtype),
+                tokenizer=load_tokenizer(folder / "tokenizer"),
+                scheduler=RenoisingScheduler.from_pretrained(folder / "scheduler"),
+            )
+        else:
+            parts = Parts(model=_load_causal(folder, dtype), tokenizer=load_tokenizer(folder))
+    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        raise UserError(f"the checkpoint {folder} cannot be read: {' '.join(str(error).split())}") from error
+    check_tokenizer(parts.tokenizer, parts.model.config.vocab_size)
+    return parts
+
+
+def _load_causal(folder: Path, dtype: torch.dtype) -> HybridForCausalLM:
+    model, info = HybridForCausalLM.from_pretrained(
+        folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    for word, key in (("lacks", "missing_keys"), ("has unknown", "unexpected_keys"), ("has misshapen", "mismatched_keys")):
+        if info[key]:
+            first = sorted(str(name) for name in info[key])[0]
+            raise UserError(f"the checkpoint {folder} does not fit: it {word} {first} ({len(info[key])} in all)")
+    return model
+
+
+def copy_weights(source: torch.nn.Module, target: torch.nn.Module) -> tuple[list[str], list[str]]:
+    """Load `source`'s tensors into `target` by name, across `tess` and `ar` models.
+
+    Returns:
+        Names that only `target` has (left as initialised), and names that only `source` has.
+
+    Raises:
+        UserError: for a tensor of another shape.
+    """
+    state: dict[str, Any] = source.state_dict()
+    wanted = target.state_dict()
+    for name in state.keys() & wanted.keys():
+        if state[name].shape != wanted[name].shape:
+            shapes = f"{list(state[name].shape)} there and {list(wanted[name].shape)} here"
+            raise UserError(f"the checkpoint does not fit the settings: {name} is {shapes}")
+    target.load_state_dict(state, strict=False)
+    return sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())

@@ -1,0 +1,165 @@
+"""Tokenizers: train a small byte-level BPE, load any Hugging Face one, and lay out source and target ids.
+
+Layout of one example: source ids are `<s> source </s>`, target ids are `target </s>` (`<s>` is left out where the
+tokenizer has no bos). Truncation cuts the text and keeps `</s>`.
+"""
+
+import logging
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from tess.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+SPECIAL_TOKENS = {
+    "pad_token": "<pad>",
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "unk_token": "<unk>",
+    "mask_token": "<mask>",
+}
+"""Role and spelling of the special tokens of a trained tokenizer; their ids are 0 to 4 in this order."""
+
+SMALLEST_VOCAB_SIZE = len(SPECIAL_TOKENS) + 256
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE on `texts`: every string can be encoded and comes back unchanged.
+
+    The same texts give the same tokenizer: merges are ordered by count, then by the pair's ids.
+
+    Args:
+        texts: training strings.
+        vocab_size: number of ids, special tokens and the 256 bytes included; fewer when the texts run out of pairs.
+
+    Raises:
+        UserError: when `vocab_size` cannot hold the special tokens and the bytes.
+    """
+    if vocab_size < SMALLEST_VOCAB_SIZE:
+        raise UserError(f"vocab_size must be at least {SMALLEST_VOCAB_SIZE} (special tokens and bytes), got {vocab_size}")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS.values()),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        min_frequency=2,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **SPECIAL_TOKENS)
+
+
+def load_tokenizer(name_or_path: str | Path, vocab_size: int | None = None) -> PreTrainedTokenizerBase:
+    """Load a tokenizer from a folder or by its name on the hub, and check it.
+
+    Raises:
+        UserError: when nothing can be loaded from there, or `check_tokenizer` refuses it.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(name_or_path))
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"no tokenizer could be loaded from {name_or_path}: {reason}") from error
+    check_tokenizer(tokenizer, vocab_size)
+    return tokenizer
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = None) -> None:
+    """Refuse a tokenizer without pad or eos, or with ids that a model of `vocab_size` embeddings does not have.
+
+    Raises:
+        UserError: saying what is missing, or both sizes.
+    """
+    for role in ("pad_token", "eos_token"):
+        if getattr(tokenizer, f"{role}_id") is None:
+            raise UserError(f"the tokenizer {tokenizer.name_or_path or ''!r} has no {role}, which texts are laid out with")
+    if vocab_size is not None and len(tokenizer) > vocab_size:
+        raise UserError(
+            f"vocabulary mismatch: the tokenizer has {len(tokenizer)} ids and the model's vocab_size is {vocab_size}"
+        )
+
+
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Ids of bare texts, without special tokens; a text that spells `</s>` is encoded as those four characters."""
+    if not texts:
+        return []
+    encoded = tokenizer(
+        list(texts), add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
+    )
+    return encoded["input_ids"]
+
+
+def source_layout(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], max_length: int | None = None, with_eos: bool = True
+) -> list[int]:
+    """`<s> ids </s>` of at most `max_length` ids; the end of `ids` is cut. `with_eos=False` is for a text that goes on."""
+    before = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    after = [tokenizer.eos_token_id] if with_eos else []
+    return before + _cut(ids, max_length, len(before) + len(after)) + after
+
+
+def target_layout(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], max_length: int | None = None
+) -> list[int]:
+    """`ids </s>` of at most `max_length` ids; the end of `ids` is cut."""
+    return _cut(ids, max_length, 1) + [tokenizer.eos_token_id]
+
+
+def _cut(ids: Sequence[int], max_length: int | None, reserved: int) -> list[int]:
+    if max_length is None:
+        return list(ids)
+    if max_length <= reserved:
+        raise UserError(f"a maximum length of {max_length} leaves no room for text beside {reserved} special tokens")
+    return list(ids[: max_length - reserved])
+
+
+def encode_source(
+    tokenizer: PreTrainedTokenizerBase, text: str, max_length: int | None = None, strict: bool = False
+) -> list[int]:
+    """Source ids of one text, `<s> source </s>`.
+
+    A text longer than `max_length` (counted with the special tokens) is cut with a warning.
+
+    Raises:
+        UserError: for an empty text, and with `strict` for one that is too long.
+    """
+    if not text.strip():
+        raise UserError("expected a text, got an empty one (or only white space)")
+    (ids,) = encode_texts(tokenizer, [text])
+    return cut_source(source_layout(tokenizer, ids), max_length, strict)
+
+
+def cut_source(ids: Sequence[int], max_length: int | None, strict: bool = False) -> list[int]:
+    """Laid-out source ids of at most `max_length`, the last one (`</s>`) kept; cutting is warned of.
+
+    Raises:
+        UserError: with `strict`, for a source that is too long.
+    """
+    if max_length is None or len(ids) <= max_length:
+        return list(ids)
+    if strict:
+        raise UserError(f"the source has {len(ids)} tokens and the model takes {max_length}")
+    logger.warning(
+        "the source has %d tokens and the model takes %d; the end was cut off", len(ids), max_length
+    )
+    return [*ids[: max_length - 1], ids[-1]]
+
+
+def encode_target(tokenizer: PreTrainedTokenizerBase, text: str, max_length: int | None = None) -> list[int]:
+    """Target ids of one text, `target </s>`, cut to `max_length`."""
+    (ids,) = encode_texts(tokenizer, [text])
+    return target_layout(tokenizer, ids, max_length)
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """Text of the ids before the first `</s>`, special tokens left out."""
+    ids = list(ids)
+    if tokenizer.eos_token_id in ids:
+        ids = ids[: ids.index(tokenizer.eos_token_id)]
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -1,0 +1,185 @@
+"""Evaluation with a decoder of a few lines, and the script as a user runs it."""
+
+import importlib.util
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tess.cli import run
+from tess.errors import UserError
+from tess.evaluation import evaluate, markdown, prepare_output_dir, write_report
+from tess.loading import Example
+
+ROOT = Path(__file__).resolve().parent.parent
+REPORT_KEYS = """checkpoint decoder num_parameters data rows seed batch_size num_inference_steps
+nfe_mean nfe_max new_tokens generation_seconds new_tokens_per_second metrics versions
+machine""".split()
+DATA = {"file": "rows.jsonl", "task": None, "dataset": None, "split": None}
+EXAMPLES = [Example("a b c d e", ("a b", "b c")), Example("one two ü", ("one",))]
+
+
+@dataclass
+class Text:
+    text: str
+    num_new_tokens: int
+    nfe: int
+
+
+class FirstWords:
+    """A decoder that keeps the first half of the words; NFE and length differ between rows."""
+
+    name = "tess"
+    num_parameters = 1234
+
+    def __init__(self):
+        self.calls = []
+
+    def generate(self, sources, **options):
+        self.calls.append((sources, options))
+        words = [source.split() for source in sources]
+        return [
+            Text(" ".join(row[: len(row) // 2]), len(row) // 2, nfe=10 * (i + 1))
+            for i, row in enumerate(words)
+        ]
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """scripts/evaluate.py as a module, with the decoder above for every checkpoint."""
+    spec = importlib.util.spec_from_file_location("evaluate_script", ROOT / "scripts/evaluate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.decoder = FirstWords()
+    monkeypatch.setattr(module, "load_decoder", lambda checkpoint, name: module.decoder)
+    return module
+
+
+def test_report_has_the_documented_keys_and_both_columns():
+    decoder = FirstWords()
+    got = evaluate(decoder, EXAMPLES, checkpoint="ckpt", data=DATA, num_inference_steps=7, seed=3)
+    report = got.report
+    assert list(report) == REPORT_KEYS
+    assert report["metrics"]["system"].keys() == report["metrics"]["copy_source"].keys()
+    assert report["metrics"]["copy_source"]["exact_copies"] == 2
+    assert report["metrics"]["system"]["rouge1"] == pytest.approx(100.0)  # "a b" and "one"
+    assert (report["nfe_mean"], report["nfe_max"], report["new_tokens"]) == (15.0, 20, 3)
+    assert report["new_tokens_per_second"] == pytest.approx(3 / report["generation_seconds"])
+    sources, options = decoder.calls[0]
+    assert sources == [example.source for example in EXAMPLES]
+    assert options["seed"] == 3 and options["num_inference_steps"] == 7
+
+
+def test_every_key_of_the_report_is_in_the_documentation():
+    text = (ROOT / "docs/evaluation.md").read_text(encoding="utf-8")
+    report = evaluate(FirstWords(), EXAMPLES, checkpoint="c", data=DATA).report
+    names = [*report, *report["versions"], *report["machine"], *report["data"]]
+    names += [*report["metrics"]["system"]]
+    ranges = {f"{p}distinct{n}" for p in ("", "corpus_") for n in (2, 3)}  # "distinct1 … distinct4"
+    names.remove("metrics")
+    assert not [name for name in names if f"`{name}`" not in text and name not in ranges]
+
+
+def test_files_round_trip_and_a_bar_in_a_value_keeps_the_table_whole(tmp_path):
+    got = evaluate(FirstWords(), EXAMPLES, checkpoint="a|b", data=DATA)
+    paths = write_report(got, prepare_output_dir(tmp_path / "new" / "out"))
+    assert [path.name for path in paths] == ["report.json", "report.md", "predictions.jsonl"]
+    assert json.loads(paths[0].read_text(encoding="utf-8")) == got.report
+    lines = paths[2].read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line) for line in lines] == got.predictions
+    assert json.loads(lines[1]) == {
+        "source": "one two ü",
+        "references": ["one"],
+        "prediction": "one",
+        "nfe": 20,
+        "num_new_tokens": 1,
+    }
+    assert sorted(path.name for path in paths[0].parent.iterdir()) == sorted(
+        path.name for path in paths
+    )
+    assert "| checkpoint | a\\|b |" in markdown(got.report)
+
+
+def test_an_older_report_survives_a_disk_that_fills_up(tmp_path, monkeypatch):
+    got = evaluate(FirstWords(), EXAMPLES, checkpoint="c", data=DATA)
+    path = write_report(got, tmp_path)[0]
+    before = path.read_bytes()
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tess.evaluation.os.fsync", full)
+    got.report["seed"] = 99
+    with pytest.raises(OSError, match="No space left"):
+        write_report(got, tmp_path)
+    assert path.read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == 3  # and no temporary file is left
+
+
+def test_wrong_numbers_and_folders_are_refused(tmp_path):
+    with pytest.raises(UserError, match="limit"):
+        evaluate(FirstWords(), EXAMPLES, checkpoint="c", data=DATA, limit=0)
+    with pytest.raises(UserError, match="batch_size"):
+        evaluate(FirstWords(), EXAMPLES, checkpoint="c", data=DATA, batch_size=0)
+    with pytest.raises(UserError, match="at least one example"):
+        evaluate(FirstWords(), [], checkpoint="c", data=DATA)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="output folder"):
+        prepare_output_dir(tmp_path / "file")
+
+
+def test_script_evaluates_a_task_with_a_limit(script, tmp_path, capsys):
+    script.main(
+        ["--task", "simplification", "--limit", "5", "--checkpoint", "c"]
+        + ["--seed", "4", "--output_dir", str(tmp_path)]
+    )
+    report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert report["rows"] == 5 and report["seed"] == 4
+    assert report["data"] == {
+        "file": None,
+        "task": "simplification",
+        "dataset": "samples",
+        "split": "test",
+    }
+    out = capsys.readouterr().out
+    assert "sari" in out and "report.md" in out
+
+
+def test_script_evaluates_a_file_with_renamed_columns(script, tmp_path):
+    rows = tmp_path / "rows.csv"
+    rows.write_text("long,short\na b c d,a b\n")
+    script.main(
+        ["--data", str(rows), "--source_column", "long", "--target_column", "short"]
+        + ["--checkpoint", "c", "--output_dir", str(tmp_path)]
+    )
+    prediction = json.loads((tmp_path / "predictions.jsonl").read_text(encoding="utf-8"))
+    assert prediction["prediction"] == "a b"
+
+
+def test_script_without_a_checkpoint_outside_a_checkout_asks_for_one(script, tmp_path, monkeypatch):
+    monkeypatch.setattr("tess.cli.DEFAULT_CHECKPOINT", tmp_path / "none")
+    with pytest.raises(UserError, match="--checkpoint"):
+        script.main(["--task", "simplification", "--output_dir", str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        (["--task", "translation"], ["'translation'", "simplification"]),
+        (["--task", "paraphrase", "--split", "train"], ["'train'", "test"]),
+        (["--data", "none.jsonl"], ["none.jsonl"]),
+        (["--data", "none.jsonl", "--split", "test"], ["--task"]),
+    ],
+)
+def test_script_answers_a_mistake_with_one_sentence_and_status_2(
+    script, flags, parts, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *flags, "--output_dir", str(tmp_path)])
+    with pytest.raises(SystemExit) as stop:
+        run(script.main)
+    assert stop.value.code == 2
+    (sentence,) = capsys.readouterr().err.splitlines()
+    assert sentence.startswith("error: ")
+    assert all(part in sentence for part in parts)

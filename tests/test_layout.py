@@ -1,0 +1,187 @@
+"""The shape of the repository: links, packages, direction of imports, names on disk."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SIDE_FOLDERS = ("backbones", "kernels", "schedulers")
+CODE_FOLDERS = (*SIDE_FOLDERS, "tess", "scripts", "tests")
+# folder -> the parts of `tess` that its files may import; "" is the package and its own modules
+MAY_IMPORT = {
+    "kernels": {"kernels"},
+    "backbones": {"kernels", "backbones"},
+    "schedulers": {"kernels", "schedulers"},
+    "tess": {"", *SIDE_FOLDERS},
+    "scripts": {"", *SIDE_FOLDERS},
+}
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def python_files(folder: str) -> list[Path]:
+    """The files of a top-level folder, each seen once: links are not followed."""
+    return [
+        file
+        for file in sorted((ROOT / folder).rglob("*.py"))
+        if not any(parent.is_symlink() for parent in file.parents)
+    ]
+
+
+def imported_modules(source: str) -> set[str]:
+    """Every module that the source names in an import, also inside functions."""
+    modules = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = "." * node.level + (node.module or "")
+            # `from tess import kernels` names a module too, so the imported names count there
+            modules |= {f"tess.{a.name}" for a in node.names} if base == "tess" else {base}
+    return modules
+
+
+def forbidden_imports(source: str, folder: str) -> set[str]:
+    """What the source of a file in `folder` imports against the direction of MAY_IMPORT."""
+    bad = set()
+    for module in imported_modules(source):
+        top, _, rest = module.partition(".")
+        part = rest.split(".")[0]
+        part = part if part in SIDE_FOLDERS else ""
+        is_ours = top in ("tess", "scripts", "tests", *SIDE_FOLDERS) or module.startswith(".")
+        if is_ours and (top != "tess" or part not in MAY_IMPORT[folder]):
+            bad.add(module)
+    return bad
+
+
+@pytest.mark.parametrize("name", SIDE_FOLDERS)
+def test_side_folder_is_linked_and_has_no_init(name):
+    link = ROOT / "tess" / name
+    assert link.is_symlink() and not link.readlink().is_absolute()
+    assert link.resolve() == ROOT / name
+    assert not list((ROOT / name).rglob("__init__.py")), (
+        f"an __init__.py in {name}/ would make `import {name}` work from here"
+    )
+
+
+def test_tests_are_no_package():
+    assert not list((ROOT / "tests").rglob("__init__.py"))
+
+
+def test_every_python_folder_is_packaged():
+    listed = PROJECT["tool"]["setuptools"]["packages"]
+    found = {
+        ".".join(("tess", *file.parent.relative_to(ROOT).parts))
+        for name in SIDE_FOLDERS
+        for file in python_files(name)
+    }
+    found |= {".".join(file.parent.relative_to(ROOT).parts) for file in python_files("tess")}
+    assert set(listed) == found
+
+
+@pytest.mark.parametrize("folder", MAY_IMPORT)
+def test_imports_point_one_way(folder):
+    files = python_files(folder)
+    assert files, f"{folder}/ has no Python file"
+    wrong = {str(f.relative_to(ROOT)): forbidden_imports(f.read_text(), folder) for f in files}
+    assert not {name: modules for name, modules in wrong.items() if modules}
+
+
+@pytest.mark.parametrize(
+    ("folder", "source"),
+    [
+        ("kernels", "from tess.backbones.config import HybridConfig"),
+        ("kernels", "import tess"),
+        ("backbones", "from tess import schedulers"),
+        ("backbones", "def f():\n    import tess.schedulers.noise"),
+        ("schedulers", "from tess.errors import UserError"),
+        ("schedulers", "from ..backbones import config"),
+        ("tess", "from scripts.train import main"),
+        ("tess", "from kernels.ssd import ssd"),
+        ("scripts", "import scripts.train"),
+    ],
+)
+def test_a_wrong_import_is_seen(folder, source):
+    assert forbidden_imports(source, folder)
+
+
+def test_kernels_know_no_model_library():
+    for file in python_files("kernels"):
+        tops = {module.split(".")[0] for module in imported_modules(file.read_text())}
+        assert not tops & {"transformers", "diffusers", "accelerate", "datasets"}, file
+
+
+def test_every_third_party_import_is_a_declared_dependency():
+    project = PROJECT["project"]
+    requirements = [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]
+    declared = {re.match(r"[\w-]+", text)[0].replace("-", "_") for text in requirements}
+    declared = declared - {"pyyaml"} | {"yaml"}
+    used = {
+        module.split(".")[0]
+        for folder in CODE_FOLDERS
+        for file in python_files(folder)
+        for module in imported_modules(file.read_text())
+    }
+    assert used - set(sys.stdlib_module_names) - {"tess"} <= declared
+
+
+def test_constraints_name_every_dependency_with_a_version():
+    project = PROJECT["project"]
+    requirements = [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]
+    wanted = {re.match(r"[\w-]+", text)[0] for text in requirements} - {"tess-diffusion"}
+    pins = re.findall(r"^([\w-]+)==[\d.]+$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert wanted <= set(pins)
+
+
+def loaded_after(statement: str) -> set[str]:
+    """Top-level modules in memory after a fresh interpreter ran the statement."""
+    code = f"{statement}\nimport sys\nprint(*{{name.split('.')[0] for name in sys.modules}})"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return set(run.stdout.split())
+
+
+def test_import_tess_loads_no_library():
+    assert not loaded_after("import tess") & {"torch", "transformers", "diffusers", "numpy"}
+
+
+def test_kernels_load_without_the_model_libraries():
+    modules = [f"tess.kernels.{file.stem}" for file in python_files("kernels")]
+    loaded = loaded_after("\n".join(f"import {module}" for module in modules))
+    assert "torch" in loaded
+    assert not loaded & {"transformers", "diffusers", "datasets"}
+
+
+def test_public_names_are_the_agreed_ones_and_load():
+    import tess
+
+    assert sorted(tess.__all__) == sorted(tess._HOME) and set(tess.__all__) <= set(dir(tess))
+    for name in tess.__all__:
+        assert getattr(tess, name).__name__ == name
+    with pytest.raises(AttributeError, match="'Nothing'"):
+        tess.Nothing
+
+
+def test_names_on_disk_are_pinned():
+    """Saved pipelines and configs carry these names: changing one breaks every checkpoint."""
+    import tess
+
+    assert tess.TessDenoiser.__module__ == "tess.denoiser"
+    assert tess.RenoisingScheduler.__module__ == "tess.schedulers.renoising"
+    assert tess.HybridConfig.model_type == "tess_hybrid"
+    assert tess.TessConfig.model_type == "tess_denoiser"
+
+
+def test_auto_classes_know_the_backbone_once_it_is_loaded():
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+    import tess
+
+    causal_lm = tess.HybridForCausalLM  # the use that loads and registers it
+    assert type(AutoConfig.for_model("tess_hybrid")) is tess.HybridConfig
+    assert AutoModelForCausalLM._model_mapping[tess.HybridConfig] is causal_lm
+    assert AutoModel._model_mapping[tess.HybridConfig] is tess.HybridModel

@@ -1,0 +1,309 @@
+"""Laws of the sampler as a whole: no effect of batch and order, saving and loading, bad input."""
+
+import json
+import logging
+
+import pytest
+import torch
+
+from tess.backbones.config import HybridConfig
+from tess.config import TessConfig
+from tess.denoiser import TessDenoiser
+from tess.errors import UserError
+from tess.pipeline import TessPipeline, TessPipelineOutput, example_keys
+from tess.schedulers.renoising import RenoisingScheduler
+from tess.schedulers.simplex import NoisedSimplex
+from tess.tokenization import train_tokenizer
+
+WORDS = "the cat sat on a mat while the small dog slept by an old red door and rain fell".split()
+PROMPTS = [
+    "the cat sat",
+    "a small dog slept by the old red door while rain fell on the mat",
+    "rain",
+    "the cat and the dog and the rain",
+    "an old door",
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer([" ".join(WORDS)] * 20, 300)
+
+
+def make(tokenizer, **settings) -> TessPipeline:
+    torch.manual_seed(5)
+    config = TessConfig(
+        backbone_config=HybridConfig(
+            vocab_size=len(tokenizer), hidden_size=32, hybrid_override_pattern="M*-E",
+            num_attention_heads=4, num_key_value_heads=2, head_dim=8, intermediate_size=48,
+            ssm_state_size=8, mamba_num_heads=4, mamba_head_dim=8, n_groups=2, chunk_size=4,
+            n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=24,
+            moe_shared_expert_intermediate_size=24, tie_word_embeddings=True,
+            mamba_direction="bidirectional", initializer_range=0.4,
+        ),
+        **{
+            "max_source_length": 32, "max_target_length": 24, "target_length_ratio": 0.8,
+            "target_length_margin": 3, "num_source_positions": 32, "num_target_positions": 24,
+        }
+        | settings,
+    )  # fmt: skip
+    pipeline = TessPipeline(TessDenoiser(config).eval(), RenoisingScheduler(), tokenizer)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def seeded(seed: int = 3) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def run(pipeline: TessPipeline, prompts, **arguments) -> TessPipelineOutput:
+    return pipeline(prompts, generator=seeded(), **{"num_inference_steps": 6} | arguments)
+
+
+# --- batch and order ---
+
+
+@pytest.mark.parametrize(
+    "settings, arguments",
+    [
+        ({}, {}),
+        ({"source_encoding": "bidirectional"}, {"num_inference_steps": 20}),
+        ({"source_encoding": "joint"}, {}),
+        ({}, {"top_p": 0.9, "temperature": 1.5}),
+        ({"self_conditioning": "logits_with_projection"}, {"gen_length": 11}),
+        ({}, {"guidance_scale": 2.0}),
+        ({"source_encoding": "joint"}, {"guidance_scale": 2.0, "top_p": 0.8}),
+        ({"deepmind_conditional": True, "source_encoding": "joint"}, {}),
+    ],
+)
+def test_texts_depend_neither_on_the_batch_nor_on_the_order(tokenizer, settings, arguments):
+    pipeline = make(tokenizer, **settings)
+    together = run(pipeline, PROMPTS, **arguments).texts
+    alone = [run(pipeline, prompt, **arguments).texts[0] for prompt in PROMPTS]
+    assert together == alone
+    assert run(pipeline, PROMPTS[::-1], **arguments).texts == together[::-1]
+    assert len(set(together)) > 1
+
+
+def test_every_step_state_is_the_same_alone_and_in_a_batch(tokenizer):
+    pipeline = make(tokenizer)
+
+    def tokens_of(prompts):
+        steps = []
+        run(pipeline, prompts, callback_on_step_end=lambda p, i, t, x: steps.append(x["token_ids"]))
+        return steps
+
+    together = tokens_of(PROMPTS)
+    for row, prompt in enumerate(PROMPTS):
+        for step, alone in zip(together, tokens_of(prompt), strict=True):
+            assert torch.equal(step[row : row + 1, : alone.shape[1]], alone)
+
+
+def test_equal_sources_get_different_noise_and_the_seed_decides(tokenizer):
+    pipeline = make(tokenizer)
+    first = run(pipeline, [PROMPTS[0]] * 3).texts
+    assert len(set(first)) > 1
+    assert run(pipeline, [PROMPTS[0]] * 3).texts == first
+    other = pipeline([PROMPTS[0]] * 3, num_inference_steps=6, generator=seeded(4)).texts
+    assert other != first
+
+
+def test_keys_follow_from_seed_source_and_occurrence():
+    keys = example_keys([[1, 5, 2], [1, 6, 2], [1, 5, 2]], 9)
+    assert keys.dtype == torch.long and len(set(keys.tolist())) == 3
+    assert torch.equal(example_keys([[1, 6, 2], [1, 5, 2]], 9), keys[[1, 0]])
+    assert not torch.equal(example_keys([[1, 5, 2]], 8), keys[:1])
+
+
+# --- what comes out ---
+
+
+def test_output_is_cut_at_the_first_end_and_counts_evaluations(tokenizer):
+    pipeline = make(tokenizer)
+    letters = tokenizer("the cat sat", add_special_tokens=False)["input_ids"]
+    row = [*letters, tokenizer.eos_token_id, *letters, tokenizer.eos_token_id]
+
+    def put(pipe, step, timestep, tensors):
+        return {"token_ids": torch.tensor([row])}
+
+    out = pipeline("a dog", gen_length=len(row), num_inference_steps=2, callback_on_step_end=put)
+    assert out.texts == ["the cat sat"] and out.nfe == [2]
+    kept = len(letters) + 1
+    assert out.sequences[0, :kept].tolist() == row[:kept]
+    assert (out.sequences[0, kept:] == tokenizer.pad_token_id).all()
+    assert run(pipeline, PROMPTS, guidance_scale=1.5).nfe == [12] * 5
+
+
+def test_canvas_length_follows_the_rule_of_each_example(tokenizer):
+    pipeline = make(tokenizer)
+    sources = [[1, *range(10, 10 + n), 2] for n in (1, 8, 30)]
+    assert pipeline._target_lengths(sources, None) == [6, 11, 24]  # ceil(.8 n) + 3, at most 24
+    assert pipeline._target_lengths(sources, 7) == [7, 7, 7]
+    plain = make(tokenizer, target_length_ratio=None)
+    assert plain._target_lengths(sources, None) == [24] * 3
+
+
+def test_ids_may_stand_for_the_prompt_padded_or_not(tokenizer):
+    pipeline = make(tokenizer)
+    rows = [[1, *tokenizer(text, add_special_tokens=False)["input_ids"], 2] for text in PROMPTS[:3]]
+    width = max(map(len, rows))
+    padded = torch.tensor([[0] * (width - len(row)) + row for row in rows])
+    expected = run(pipeline, PROMPTS[:3]).texts
+    assert run(pipeline, None, input_ids=rows).texts == expected
+    assert run(pipeline, None, input_ids=padded).texts == expected
+
+
+def test_output_kinds(tokenizer):
+    pipeline = make(tokenizer)
+    full = run(pipeline, PROMPTS)
+    ids = run(pipeline, PROMPTS, output_type="seq")
+    assert ids.texts is None and torch.equal(ids.sequences, full.sequences)
+    sequences, texts, nfe = run(pipeline, PROMPTS, return_dict=False)
+    assert torch.equal(sequences, full.sequences) and texts == full.texts and nfe == [6] * 5
+
+
+def test_callback_sees_each_step_and_may_replace_the_logits(tokenizer):
+    pipeline = make(tokenizer)
+    seen = []
+
+    def watch(pipe, step, timestep, tensors):
+        seen.append((step, float(timestep), tuple(tensors["logits"].shape)))
+        return {"logits": torch.zeros_like(tensors["logits"])}
+
+    changed = run(
+        pipeline,
+        PROMPTS[:2],
+        num_inference_steps=4,
+        callback_on_step_end=watch,
+        callback_on_step_end_tensor_inputs=["token_ids", "logits"],
+    )
+    length = changed.sequences.shape[1]
+    shape = (2, length, len(tokenizer))
+    assert seen == [(0, 1.0, shape), (1, 0.75, shape), (2, 0.5, shape), (3, 0.25, shape)]
+    assert changed.texts != run(pipeline, PROMPTS[:2], num_inference_steps=4).texts
+
+
+def test_source_is_encoded_once(tokenizer, monkeypatch):
+    pipeline = make(tokenizer)
+    calls = []
+    encode = pipeline.denoiser.encode_source
+    monkeypatch.setattr(
+        pipeline.denoiser, "encode_source", lambda *a: calls.append(a[0].shape) or encode(*a)
+    )
+    run(pipeline, PROMPTS)
+    assert len(calls) == 1
+    run(pipeline, PROMPTS, guidance_scale=2.0)
+    assert len(calls) == 3 and tuple(calls[2]) == (1, 2)  # the empty source is `<s></s>`
+
+
+def test_guidance_is_linear_in_log_probabilities(tokenizer):
+    pipeline = make(tokenizer, self_conditioning=None)
+    source = [1, *tokenizer(PROMPTS[0], add_special_tokens=False)["input_ids"], 2]
+    start = {}
+
+    def watch(pipe, step, timestep, tensors):
+        start["tokens"] = tensors["token_ids"]
+
+    run(
+        pipeline, None, input_ids=[source], num_inference_steps=1, guidance_scale=3.0, gen_length=9,
+        callback_on_step_end=watch,
+    )  # fmt: skip
+    seed = int(torch.randint(2**63 - 1, (), generator=seeded()))
+    sample = pipeline.scheduler.initial((1, 9), len(tokenizer), example_keys([source], seed))
+    assert isinstance(sample, NoisedSimplex)
+    with torch.no_grad():
+        c, u = (
+            pipeline.denoiser(sample, torch.ones(1), source_ids=torch.tensor([ids]))
+            .logits.double()
+            .log_softmax(-1)
+            for ids in (source, [1, 2])
+        )
+    assert torch.equal(start["tokens"], (u + 3 * (c - u)).argmax(-1))
+
+
+# --- saving and loading ---
+
+
+def test_pipeline_comes_back_from_its_folder(tokenizer, tmp_path):
+    pipeline = make(tokenizer)
+    pipeline.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    # module paths are part of the file format
+    assert index["_class_name"] == "TessPipeline"
+    assert index["denoiser"] == ["tess.denoiser", "TessDenoiser"]
+    assert index["scheduler"] == ["tess.schedulers.renoising", "RenoisingScheduler"]
+    loaded = TessPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    assert run(loaded, PROMPTS).texts == run(pipeline, PROMPTS).texts
+
+
+def test_pipeline_with_a_broken_denoiser_is_refused_by_name(tokenizer, tmp_path):
+    make(tokenizer).save_pretrained(tmp_path)
+    other = make(tokenizer, num_target_positions=0).denoiser
+    other.save_pretrained(tmp_path / "denoiser")
+    config = tmp_path / "denoiser" / "config.json"
+    settings = json.loads(config.read_text()) | {"num_target_positions": 24}
+    config.write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="lacks target_positions.weight"):
+        TessPipeline.from_pretrained(tmp_path)
+
+
+def test_components_must_fit_each_other(tokenizer):
+    pipeline = make(tokenizer)
+    small = train_tokenizer(["the cat"], 261)
+    with pytest.raises(UserError, match="vocabulary mismatch: the tokenizer has 261 ids"):
+        TessPipeline(pipeline.denoiser, pipeline.scheduler, small)
+    with pytest.raises(UserError, match="simplex_value mismatch: the scheduler has 4.0"):
+        TessPipeline(pipeline.denoiser, RenoisingScheduler(simplex_value=4.0), tokenizer)
+
+
+# --- bad input ---
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"prompt": ""}, "expected a text, got an empty one"),
+        ({"prompt": ["the cat", "  \n"]}, "expected a text, got an empty one"),
+        ({"prompt": []}, "at least one prompt"),
+        ({"prompt": [3]}, "string or a list of strings, got int"),
+        ({}, "exactly one of prompt and input_ids"),
+        ({"prompt": "a", "input_ids": [[1, 2]]}, "exactly one of prompt and input_ids"),
+        ({"input_ids": [[1, 2], []]}, "row 1 of input_ids is empty"),
+        ({"input_ids": [[1, 300, 2]]}, "token id 300 is outside the vocabulary"),
+        ({"input_ids": torch.tensor([1, 2])}, r"must be \[batch, length\]"),
+        ({"prompt": "a", "gen_length": 0}, "gen_length must be above 0, got 0"),
+        ({"prompt": "a", "gen_length": 25}, "gen_length must be at most 24"),
+        ({"prompt": "a", "num_inference_steps": 0}, "num_inference_steps must be from 1 to 5000"),
+        ({"prompt": "a", "num_inference_steps": 5001}, "from 1 to 5000.*got 5001"),
+        ({"prompt": "a", "guidance_scale": 0.5}, "guidance_scale must be at least 1"),
+        ({"prompt": "a", "guidance_scale": float("nan")}, "guidance_scale must be at least 1"),
+        ({"prompt": "a", "top_p": 1.5}, r"top_p must be in \(0, 1\]"),
+        ({"prompt": "a", "output_type": "list"}, "output_type must be 'text' or 'seq'"),
+        (
+            {"prompt": "a", "callback_on_step_end_tensor_inputs": ["latents"]},
+            "may name token_ids, logits, got latents",
+        ),
+    ],
+)
+def test_mistakes_are_one_sentence(tokenizer, arguments, message):
+    with pytest.raises(ValueError, match=message) as error:
+        make(tokenizer)(**arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_a_source_that_is_too_long_is_cut_with_a_warning_or_refused(tokenizer, caplog):
+    pipeline = make(tokenizer)
+    long = " ".join(WORDS * 4)
+    ids = [1, *tokenizer(long, add_special_tokens=False)["input_ids"], 2]
+    assert len(ids) > 32
+    with caplog.at_level(logging.WARNING):
+        cut = run(pipeline, long).texts
+    assert "the model takes 32" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        assert run(pipeline, None, input_ids=[ids]).texts == cut
+    assert "the model takes 32" in caplog.text
+    for arguments in ({"prompt": long}, {"input_ids": [ids]}):
+        with pytest.raises(UserError, match="the model takes 32"):
+            pipeline(**arguments, strict=True)

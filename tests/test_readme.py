@@ -1,0 +1,109 @@
+"""What the documentation shows is run, and what it names is there."""
+
+import re
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/architecture.md")
+
+
+def code_blocks(language: str) -> list[str]:
+    """Contents of the README's fenced blocks in a language ("" for plain ones)."""
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    return [text for name, text in blocks if name == language]
+
+
+def command_with(part: str) -> list[str]:
+    """Words of the README's one-line command block that contains `part`."""
+    (block,) = [text for text in code_blocks("") if part in text and text.count("\n") == 1]
+    return shlex.split(block)
+
+
+def test_first_command_installs_and_generates():
+    words = command_with("scripts/generate.py")
+    assert words[:7] == "pip install -c constraints.txt -e . &&".split()
+    assert words[7:9] == ["python", "scripts/generate.py"]
+    (sentence,) = words[9:]
+    assert len(sentence.split()) > 20
+
+
+def test_second_command_installs_and_tests():
+    want = "pip install -c constraints.txt -e .[test] && python -m pytest"
+    assert command_with("pytest") == want.split()
+
+
+def test_the_commands_come_first():
+    first_screen = README.split("\n## ")[0]
+    assert "scripts/generate.py" in first_screen and "-m pytest" in first_screen
+
+
+def test_generate_command_prints_a_text_and_its_evaluations(tmp_path):
+    """The README's own sentence, with the shipped checkpoint, within the promised 30 seconds."""
+    script, sentence = command_with("scripts/generate.py")[8:]
+    start = time.perf_counter()
+    run = subprocess.run(
+        [sys.executable, ROOT / script, sentence], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    assert re.search(r"[a-z]{3,}", run.stdout)
+    assert re.search(r"evaluation|NFE", run.stdout)
+    assert time.perf_counter() - start < 30
+
+
+def test_python_example_runs(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    (example,) = code_blocks("python")
+    exec(compile(example, "README.md", "exec"), {"__name__": "readme"})
+    assert capsys.readouterr().out.count("evaluations: ") == 2
+
+
+def test_no_placeholder_is_left():
+    assert not re.findall(r"\w+-PLACEHOLDER", README)
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_every_file_that_a_document_names_exists(name):
+    text = (ROOT / name).read_text()
+    folders = "kernels|backbones|schedulers|tess|scripts|tests|checkpoints|docs"
+    named = set(re.findall(rf"`((?:{folders})/[\w./-]*)`", text))
+    named |= {
+        str((ROOT / name).parent.relative_to(ROOT) / link)
+        for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", text)
+    }
+    missing = sorted(path for path in named if not (ROOT / path).exists())
+    assert not missing
+
+
+def test_the_tree_names_every_module_and_nothing_else():
+    (tree,) = [text for text in code_blocks("") if "kernels/ " in text]
+    shown, folder = set(), ""
+    for line in tree.splitlines():
+        name, purpose = line.split(maxsplit=1)
+        assert purpose
+        folder = folder if line.startswith(" ") else name
+        shown.add(folder + name if line.startswith(" ") else name)
+    packages = ("kernels", "backbones", "schedulers", "tess", "scripts")
+    files = [file for package in packages for file in (ROOT / package).glob("*.py")]
+    modules = {str(file.relative_to(ROOT)) for file in files}
+    assert {path for path in shown if path.endswith(".py")} == modules - {"tess/__init__.py"}
+    assert all((ROOT / path).exists() for path in shown)
+
+
+@pytest.mark.parametrize("script", ["generate", "evaluate", "train"])
+def test_every_flag_that_the_readme_shows_is_in_the_help(script):
+    shown = set()
+    for block in code_blocks(""):
+        for line in block.splitlines():
+            if f"scripts/{script}.py" in line:
+                shown |= set(re.findall(r"--\w+", line.split(f"scripts/{script}.py")[1]))
+    command = [sys.executable, ROOT / "scripts" / f"{script}.py", "--help"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert shown <= set(re.findall(r"--\w+", run.stdout))

@@ -1,0 +1,291 @@
+"""Runs of scripts/train.py's machinery: learning, exact resuming, settings, safe saving, bad input."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import yaml
+
+from tess import saving
+from tess.arguments import parse_settings
+from tess.decoders import load_decoder
+from tess.errors import UserError
+from tess.saving import load_parts
+from tess.tokenization import train_tokenizer
+from tess.training import train
+
+TINY = {
+    "task": "simplification",
+    "train_tokenizer": True,
+    "vocab_size": 300,
+    "hybrid_override_pattern": "M*E-",
+    "hidden_size": 32,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "intermediate_size": 32,
+    "ssm_state_size": 8,
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 16,
+    "n_groups": 1,
+    "chunk_size": 16,
+    "n_routed_experts": 2,
+    "num_experts_per_tok": 1,
+    "moe_intermediate_size": 16,
+    "moe_shared_expert_intermediate_size": 16,
+    "max_source_length": 24,
+    "max_target_length": 24,
+    "per_device_train_batch_size": 4,
+    "max_train_samples": 24,
+    "max_eval_samples": 4,
+    "learning_rate": 1e-3,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "num_samples_to_print": 0,
+    "disable_tqdm": True,
+    "use_cpu": True,
+    "report_to": "none",
+}
+
+
+def run(tmp_path, name="run", **changes):
+    """Train with TINY and `changes`; the folder and the log by step."""
+    config = TINY | {"output_dir": str(tmp_path / name)} | changes
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    final = train(parse_settings([str(path)]))
+    checkpoints = sorted(final.parent.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+    history = json.loads((checkpoints[-1] / "trainer_state.json").read_text())["log_history"] if checkpoints else []
+    return final, {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"objective": "ar"},
+        {"conditional_generation": "seq2seq,ul2,text_infilling", "pad_loss_weight": 0.1, "canvas": "rule"},
+        {"gradient_accumulation_steps": 2, "ema_decay": 0.9, "eval_strategy": "steps", "eval_steps": 2},
+    ],
+    ids=["tess", "ar", "mixture", "accumulation and average"],
+)
+def test_a_killed_run_goes_on_to_the_same_losses(tmp_path, changes):
+    # 6 steps an epoch (3 with accumulation): the break is in the middle of the second one.
+    changes = {"save_strategy": "steps", "save_steps": 4, "max_steps": 12, **changes}
+    final, straight = run(tmp_path, "straight", **changes)
+    shutil.copytree(tmp_path / "straight", tmp_path / "killed")
+    for folder in ("checkpoint-8", "checkpoint-12", "final"):
+        shutil.rmtree(tmp_path / "killed" / folder)
+    resumed_final, resumed = run(tmp_path, "killed", **changes)
+    assert sorted(straight) == list(range(1, 13))
+    assert resumed == straight
+    one, other = load_parts(final).model.state_dict(), load_parts(resumed_final).model.state_dict()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_resuming_at_the_end_of_an_epoch_is_exact_too(tmp_path):
+    changes = {"save_strategy": "steps", "save_steps": 6, "max_steps": 12}
+    _, straight = run(tmp_path, "straight", **changes)
+    shutil.rmtree(tmp_path / "straight" / "checkpoint-12")
+    _, resumed = run(tmp_path, "straight", **changes)
+    assert resumed == straight
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path, capsys):
+    changes = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    final, _ = run(tmp_path, **changes)
+    before = (final / "denoiser" / "model.safetensors").read_bytes()
+    run(tmp_path, **changes)
+    assert "is the end of this run already" in capsys.readouterr().out
+    assert (final / "denoiser" / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("objective", ["tess", "ar"])
+def test_the_loss_falls_and_the_result_generates(tmp_path, objective, capsys):
+    final, losses = run(
+        tmp_path, objective=objective, max_steps=40, learning_rate=1e-2, save_strategy="steps", save_steps=40,
+        max_train_samples=8, num_samples_to_print=1, eval_strategy="steps", eval_steps=20, num_inference_steps=2,
+    )  # fmt: skip
+    assert losses[40] < losses[1] - 1
+    output = capsys.readouterr().out
+    assert [f"samples at step {step} " in output for step in (0, 20, 40)] == [True] * 3
+    decoder = load_decoder(final)
+    assert decoder.name == objective
+    (generation,) = decoder.generate(["A cat sat ."])
+    assert 0 < generation.num_new_tokens <= 24
+
+
+def test_length_rule_follows_the_data(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    row = {"source": "abcdefghij klmnopqrst", "target": ["abcdefghij", "other"]}
+    path.write_text((json.dumps(row) + "\n") * 4)
+    data = {"task": None, "train_file": [str(path)], "max_steps": 1, "vocab_size": 261}
+    config = load_parts(run(tmp_path, **data)[0]).model.config
+    assert (config.target_length_ratio, config.target_length_margin) == (round(11 / 23, 4), 0)
+    assert (config.max_source_length, config.max_target_length) == (24, 24)
+
+
+def test_weights_pass_between_the_decoders(tmp_path):
+    ar, _ = run(tmp_path, "ar", objective="ar", max_steps=1)
+    tess, _ = run(tmp_path, "tess", max_steps=1, learning_rate=0.0, init_from=str(ar), **NO_SIZES)
+    back, _ = run(tmp_path, "back", objective="ar", max_steps=1, learning_rate=0.0, init_from=str(tess), **NO_SIZES)
+    one, other = load_parts(ar).model, load_parts(back).model
+    assert load_parts(tess).model.config.simplex_value == 5.0
+    for name, tensor in one.state_dict().items():
+        if "e_score_correction_bias" not in name:  # balanced in every step, whatever the learning rate
+            assert torch.equal(tensor, other.state_dict()[name]), name
+
+
+NO_SIZES = {name: None for name in list(TINY)[1 : list(TINY).index("max_source_length")]}
+
+
+def test_saved_type_and_router_bias(tmp_path):
+    final, _ = run(tmp_path, max_steps=2, save_dtype="bfloat16")
+    model = load_parts(final, dtype=torch.bfloat16).model
+    assert model.backbone.embeddings.weight.dtype == torch.bfloat16
+    bias = model.backbone.layers[2].mixer.gate.e_score_correction_bias
+    assert bias.dtype == torch.float32 and bias.abs().max() > 0
+
+
+def test_bf16_autocast_trains(tmp_path):
+    final, losses = run(
+        tmp_path, max_steps=3, bf16=True, self_conditioning_probability=1.0, save_strategy="steps", save_steps=3
+    )
+    assert len(losses) == 3 and load_parts(final).model.dtype == torch.float32
+
+
+def test_a_text_file_trains_without_sources(tmp_path):
+    path = tmp_path / "texts.txt"
+    path.write_text("one line of text\nanother line of text\n" * 4)
+    data = {"task": None, "train_file": ["texts.txt"], "data_root": str(tmp_path), "vocab_size": 270}
+    final, _ = run(tmp_path, max_steps=2, conditional_generation="ul2_with_unconditional", **data)
+    assert load_parts(final).model.config.target_length_ratio is None
+
+
+# Settings
+
+
+def test_flags_win_over_the_file_and_json_is_read_too(tmp_path):
+    config = {"output_dir": str(tmp_path), "task": "simplification", "train_tokenizer": True, "max_steps": 5}
+    (tmp_path / "c.json").write_text(json.dumps(config | {"learning_rate": 1e-3}))
+    settings = parse_settings([str(tmp_path / "c.json"), "--max_steps", "7", "--bf16", "true", "--use_cpu"])
+    assert (settings.training.max_steps, settings.training.learning_rate) == (7, 1e-3)
+    assert settings.training.bf16 and settings.model.train_tokenizer
+
+
+def test_yaml_numbers_without_a_point_are_numbers(tmp_path):
+    (tmp_path / "c.yaml").write_text(
+        f"output_dir: {tmp_path}\ntask: simplification\ntrain_tokenizer: yes\nlearning_rate: 1e-4\ntrain_file: []\n"
+    )
+    assert parse_settings([str(tmp_path / "c.yaml")]).training.learning_rate == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learning_rat": 1}, "no key 'learning_rat'; did you mean learning_rate"),
+        ({"learning_rate": "fast"}, "learning_rate: invalid float value: 'fast'"),
+        ({"objective": "mask"}, "invalid choice: 'mask'"),
+        ({"task": "translation"}, "unknown task 'translation'; known are"),
+        ({"task": None}, "either --task or --train_file"),
+        ({"task": None, "train_file": ["nowhere.jsonl"]}, "no file 'nowhere.jsonl'"),
+        ({"conditional_generation": "seq2seq,ul3"}, "no 'ul3'; the known ones are seq2seq"),
+        ({"objective": "ar", "conditional_generation": "ul2"}, "ul2 has no autoregressive form"),
+        ({"output_dir": None}, "--output_dir"),
+        ({"train_tokenizer": False}, "exactly one of --tokenizer"),
+        ({"vocab_size": 100}, "at least 261"),
+        ({"max_target_length": 1}, "max_target_length must be at least 3"),
+        ({"ema_decay": 1.5}, "ema_decay must be between 0 and 1"),
+        ({"mamba_direction": "sideways"}, "mamba_direction must be one of"),
+        ({"beta_schedule": "linearr"}, "unknown beta_schedule 'linearr'"),
+        ({"self_conditioning": "logits_median"}, "self_conditioning must be one of"),
+        ({"train_tokenizer": False, "init_from": "nowhere"}, "--head_dim is fixed by the checkpoint"),
+    ],
+)
+def test_bad_settings_are_one_sentence(tmp_path, changes, message):
+    with pytest.raises(ValueError) as caught:
+        run(tmp_path, max_steps=1, **changes)
+    assert message in str(caught.value)
+
+
+def test_a_missing_column_names_what_is_there(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"complex": "a b", "simple": "a"}\n')
+    with pytest.raises(UserError, match=r"no column 'source'.*\['complex', 'simple'\]"):
+        run(tmp_path, task=None, train_file=[str(tmp_path / "rows.jsonl")])
+
+
+def test_unknown_flag_and_missing_file_name_the_problem(tmp_path):
+    with pytest.raises(UserError, match="no flag '--hidden'.*--hidden_size"):
+        parse_settings(["--hidden", "3"])
+    with pytest.raises(UserError, match="there is no file"):
+        parse_settings([str(tmp_path / "none.yaml")])
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(UserError, match="broken.json is not readable"):
+        parse_settings([str(tmp_path / "broken.json")])
+
+
+def test_vocabulary_mismatch_is_refused(tmp_path):
+    train_tokenizer(["a b c"] * 5, 262).save_pretrained(tmp_path / "tokenizer")
+    with pytest.raises(UserError, match=r"the tokenizer has 26\d ids and --vocab_size is 300"):
+        run(tmp_path, train_tokenizer=False, tokenizer=str(tmp_path / "tokenizer"))
+
+
+def test_another_model_in_the_same_folder_is_refused(tmp_path):
+    changes = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    run(tmp_path, **changes)
+    with pytest.raises(UserError, match="another run .intermediate_size was 32 and is 48"):
+        run(tmp_path, intermediate_size=48, **changes)
+
+
+# Saving
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint_loadable(tmp_path, monkeypatch):
+    written = torch.save
+    calls = []
+
+    def full(value, file, *args, **kwargs):
+        calls.append(str(file))
+        if "checkpoint-4" in str(file) and "optimizer" in str(file):
+            raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
+        written(value, file, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", full)
+    changes = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
+    with pytest.raises(UserError, match="could not save .*checkpoint-4 .*earlier checkpoints are untouched"):
+        run(tmp_path, **changes)
+    monkeypatch.undo()
+    assert any("optimizer" in file for file in calls)
+    assert [p.name for p in sorted((tmp_path / "run").iterdir())] == ["checkpoint-2", "settings.json"]
+    load_parts(tmp_path / "run" / "checkpoint-2")
+    _, losses = run(tmp_path, **changes)
+    assert sorted(losses) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_failed_replacement_keeps_the_old_folder(tmp_path):
+    final = tmp_path / "final"
+    with saving.replaced_folder(final) as folder:
+        (folder / "weights").write_text("old")
+    with pytest.raises(UserError, match="No space left"):
+        with saving.replaced_folder(final) as folder:
+            (folder / "weights").write_text("ne")
+            raise OSError(28, "No space left on device")
+    assert (final / "weights").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["final"]
+
+
+@pytest.mark.parametrize("objective", ["tess", "ar"])
+def test_missing_and_unknown_tensors_are_refused_by_name(tmp_path, objective):
+    from safetensors.torch import load_file, save_file
+
+    final, _ = run(tmp_path, max_steps=1, objective=objective)
+    weights = next(final.rglob("model.safetensors"))
+    tensors = load_file(weights)
+    first = next(name for name in tensors if name.endswith("in_proj.weight"))
+    save_file({("stranger" if n == first else n): t for n, t in tensors.items()}, weights, {"format": "pt"})
+    with pytest.raises(UserError, match="in_proj.weight|stranger"):
+        load_parts(final)
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(UserError, match="cannot be read"):
+        load_parts(final)

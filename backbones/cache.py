@@ -1,4 +1,4 @@
-"""What a hybrid model remembers of the tokens it has read: keys and values, conv windows, SSM states.
+"""What a hybrid model remembers of the tokens it has read: keys, values, conv windows, SSM states.
 
 Letters: B batch, S tokens seen, K conv taps, D conv channels, H heads, P head width, N state width.
 """
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class MambaState(NamedTuple):
-    """One Mamba layer: conv window [B, K-1, D] before the convolution, state [B, H, P, N] float32."""
+    """One Mamba layer: last conv inputs [B, K-1, D] and SSM state [B, H, P, N] in float32."""
 
     conv_window: Tensor
     ssm_state: Tensor

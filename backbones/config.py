@@ -1,4 +1,4 @@
-"""Configuration of the hybrid backbone, with the field names of Nemotron-H's released config.json."""
+"""Configuration of the hybrid backbone, with the field names of Nemotron-H's config.json."""
 
 import math
 
@@ -152,7 +152,7 @@ class HybridConfig(PreTrainedConfig):
             )
         for act, expected in ((self.mlp_hidden_act, "relu2"), (self.mamba_hidden_act, "silu")):
             if act != expected:
-                raise ValueError(f"activation must be {expected!r} as in every release, got {act!r}")
+                raise ValueError(f"activation must be {expected!r}, as released, got {act!r}")
         for name, whole, part in (
             ("num_key_value_heads", self.num_attention_heads, self.num_key_value_heads),
             ("n_groups", self.mamba_num_heads, self.n_groups),

@@ -96,7 +96,7 @@ class HybridPreTrainedModel(PreTrainedModel):
 
 
 def init_hybrid_weights(module: nn.Module, config: HybridConfig) -> None:
-    """Nemotron-H's initialisation of one module (transformers' guarded `init` leaves loaded weights).
+    """Nemotron-H's initialisation of one module; transformers' guarded `init` skips loaded weights.
 
     Normal with `initializer_range`, Mamba output projections as nn.Linear's default over sqrt of
     the depth, A = 1..heads, D = 1, softplus(dt_bias) log-uniform in [time_step_min, time_step_max].

@@ -57,7 +57,7 @@ class Mamba2Mixer(nn.Module):
             self.reverse_gate = nn.Parameter(torch.zeros(self.heads))
 
     def forward(self, hidden_BLH: Tensor, context: BlockContext) -> Tensor:
-        """Mix positions of a block [B, L, hidden], starting from the cached state if there is one."""
+        """Mix positions of a block [B, L, hidden], from the cached state if there is one."""
         state = None
         if context.cache is not None:
             state = context.cache.layers.get(self.layer_idx)

@@ -1,4 +1,4 @@
-"""Depthwise causal convolution with SiLU, over [batch, length, channels] as the projections give it.
+"""Depthwise causal convolution with SiLU, over [batch, length, channels] as projections give it.
 
 Letters: B batch, L length, D channels, K taps.
 """
@@ -40,5 +40,6 @@ def next_window(x_BLD: Tensor, taps: int, window_BKD: Tensor | None = None) -> T
     """The last K-1 inputs seen so far [B, K-1, D], to start the next block from."""
     if window_BKD is None:
         window_BKD = x_BLD.new_zeros(x_BLD.shape[0], taps - 1, x_BLD.shape[2])
-    joined = torch.cat([window_BKD.to(x_BLD.dtype), x_BLD[:, max(0, x_BLD.shape[1] - taps + 1) :]], 1)
+    start = max(0, x_BLD.shape[1] - taps + 1)
+    joined = torch.cat([window_BKD.to(x_BLD.dtype), x_BLD[:, start:]], dim=1)
     return joined[:, joined.shape[1] - (taps - 1) :]

@@ -1,4 +1,4 @@
-"""Expert routing and the expert products: tokens sorted by expert, then one grouped matmul each way.
+"""Expert routing and the expert products: tokens sorted by expert, one grouped matmul each way.
 
 Letters: T tokens, E experts, S top-k, D width, F expert inner width.
 """

@@ -1,4 +1,4 @@
-"""Root-mean-square norms, computed in float32 whatever the input's dtype (float64 stays float64)."""
+"""Root-mean-square norms, computed in float32 whatever the input's dtype (float64 stays)."""
 
 import torch
 from torch import Tensor

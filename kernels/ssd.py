@@ -1,4 +1,4 @@
-"""State-space duality (Mamba-2) scan in chunks: causal, or both directions for the price of one pass.
+"""State-space duality (Mamba-2) scan in chunks: causal, or both directions in one pass.
 
 The formula is `kernels/reference.py:ssd_scan`; this file computes it by matrix products
 (arXiv 2405.21060, section 6), without repeating b and c for every head.

@@ -1,4 +1,4 @@
-"""Measure against a named rival in the same run: python scripts/benchmark.py backbone [--json FILE]"""
+"""Measure against a named rival in the same run: scripts/benchmark.py SUBCOMMAND [--json FILE]"""
 
 import argparse
 import json

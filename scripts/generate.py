@@ -1,6 +1,7 @@
-"""Write a text for each source: scripts/generate.py [TEXT ...] [--input FILE] [--checkpoint DIR] [--decoder tess|ar]
+"""Write a text for each source: scripts/generate.py [TEXT ...] [--input FILE] [--flag value ...]
 
-Prints the texts, the number of network evaluations (NFE) and the time. Without --checkpoint the shipped one is used.
+Prints the texts, the number of network evaluations (NFE) and the time. Without --checkpoint the
+shipped one is used.
 """
 
 import argparse
@@ -20,8 +21,8 @@ JSON_KEYS = """\
   decoder            "tess" or "ar"
   checkpoint         the folder that was asked for
   num_parameters     of the model
-  num_inference_steps, gen_length, seed, top_p, temperature   as given; null where the default was taken
-  load_seconds, generate_seconds                              wall-clock time
+  num_inference_steps, gen_length, seed, top_p, temperature   as given; null where the default was
+  taken load_seconds, generate_seconds                              wall-clock time
   results            a list with an object per source, in order:
       source, text       strings
       num_new_tokens     tokens of the text, </s> included
@@ -38,16 +39,45 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("texts", nargs="*", metavar="TEXT", help="source texts")
-    parser.add_argument("--input", type=Path, metavar="FILE", help="a file with one source per line; - reads stdin")
-    parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="a checkpoint folder (default: the shipped one)")
-    parser.add_argument("--decoder", choices=DECODERS, help="default: tess where the checkpoint has it")
-    parser.add_argument("--num_inference_steps", type=int, metavar="N", help="sampling steps of tess (default 16)")
-    parser.add_argument("--gen_length", type=int, metavar="N", help="most new tokens (default: by the source's length)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same text (default 0)")
-    parser.add_argument("--top_p", type=float, metavar="P", help="sample from this mass (default: the likeliest token)")
-    parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="with --top_p (default 1)")
-    parser.add_argument("--batch_size", type=int, default=8, metavar="N", help="texts at once (default 8)")
-    parser.add_argument("--strict", action="store_true", help="refuse a too long text instead of cutting it")
+    parser.add_argument(
+        "--input", type=Path, metavar="FILE", help="a file with one source per line; - reads stdin"
+    )
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="DIR",
+        help="a checkpoint folder (default: the shipped one)",
+    )
+    parser.add_argument(
+        "--decoder", choices=DECODERS, help="default: tess where the checkpoint has it"
+    )
+    parser.add_argument(
+        "--num_inference_steps", type=int, metavar="N", help="sampling steps of tess (default 16)"
+    )
+    parser.add_argument(
+        "--gen_length",
+        type=int,
+        metavar="N",
+        help="most new tokens (default: by the source's length)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="same seed, same text (default 0)"
+    )
+    parser.add_argument(
+        "--top_p",
+        type=float,
+        metavar="P",
+        help="sample from this mass (default: the likeliest token)",
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=1.0, metavar="T", help="with --top_p (default 1)"
+    )
+    parser.add_argument(
+        "--batch_size", type=int, default=8, metavar="N", help="texts at once (default 8)"
+    )
+    parser.add_argument(
+        "--strict", action="store_true", help="refuse a too long text instead of cutting it"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object, see below")
     return parser
 
@@ -62,16 +92,27 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError("expected a text, got an empty one (or only white space)")
     checkpoint = args.checkpoint or default_checkpoint()
     options = {
-        name: getattr(args, name) for name in ("num_inference_steps", "gen_length", "seed", "top_p", "temperature")
+        name: getattr(args, name)
+        for name in ("num_inference_steps", "gen_length", "seed", "top_p", "temperature")
     }
     start = time.perf_counter()
     decoder = load_decoder(checkpoint, args.decoder)
     loaded = time.perf_counter()
     results = decoder.generate(texts, batch_size=args.batch_size, strict=args.strict, **options)
     seconds = {"load_seconds": loaded - start, "generate_seconds": time.perf_counter() - loaded}
-    head = {"decoder": decoder.name, "checkpoint": str(checkpoint), "num_parameters": decoder.num_parameters}
+    head = {
+        "decoder": decoder.name,
+        "checkpoint": str(checkpoint),
+        "num_parameters": decoder.num_parameters,
+    }
     if args.json:
-        print(json.dumps({**head, **options, **seconds, "results": as_rows(texts, results)}, ensure_ascii=False, indent=2))
+        print(
+            json.dumps(
+                {**head, **options, **seconds, "results": as_rows(texts, results)},
+                ensure_ascii=False,
+                indent=2,
+            )
+        )
     else:
         print_texts(results, head, seconds)
     return 0
@@ -97,7 +138,12 @@ def read_lines(path: Path) -> list[str]:
 
 def as_rows(texts: list[str], results: list[Generation]) -> list[dict[str, Any]]:
     return [
-        {"source": text, "text": result.text, "num_new_tokens": result.num_new_tokens, "nfe": result.nfe}
+        {
+            "source": text,
+            "text": result.text,
+            "num_new_tokens": result.num_new_tokens,
+            "nfe": result.nfe,
+        }
         for text, result in zip(texts, results, strict=True)
     ]
 

@@ -1,7 +1,8 @@
 """Train a model: scripts/train.py [CONFIG.yaml|json] [--flag value ...]
 
-CONFIG holds any of the flags below as keys; flags win over it. The same command goes on from the last checkpoint in
---output_dir. The result is OUTPUT_DIR/final, which scripts/generate.py and scripts/evaluate.py take as --checkpoint.
+CONFIG holds any of the flags below as keys; flags win over it. The same command goes on from the
+last checkpoint in --output_dir. The result is OUTPUT_DIR/final, which scripts/generate.py and
+scripts/evaluate.py take as --checkpoint.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
-"""Settings of a training run: four dataclasses, filled from a YAML or JSON file and from flags, flags winning.
+"""Settings of a training run: dataclasses filled from a YAML or JSON file and flags, flags winning.
 
-The file's keys are the flags' names, in one flat mapping. A key or flag that does not exist is an error that names the
-nearest ones.
+The file's keys are the flags' names, in one flat mapping. A key or flag that does not exist is an
+error that names the nearest ones.
 """
 
 import argparse
@@ -29,18 +29,26 @@ def _option(default: Any, help: str, **more: Any) -> Any:
 
 @dataclass
 class ModelArguments:
-    """The backbone and the tokenizer; sizes left out are those of a small model (`SMALL_BACKBONE`)."""
+    """The backbone and the tokenizer; sizes left out are those of `SMALL_BACKBONE`."""
 
     objective: str = _option(
-        "tess", "What to train: tess (simplex diffusion) or ar (next-token prediction).", choices=["tess", "ar"]
+        "tess",
+        "What to train: tess (simplex diffusion) or ar (next-token prediction).",
+        choices=["tess", "ar"],
     )
     init_from: str | None = _option(
-        None, "Start from the weights of this checkpoint folder, tess or ar; its tokenizer is used too."
+        None,
+        "Start from the weights of this checkpoint folder, tess or ar; its tokenizer is used too.",
     )
-    tokenizer: str | None = _option(None, "Folder or hub name of a Hugging Face tokenizer with pad and eos.")
-    train_tokenizer: bool = _option(False, "Train a byte-level BPE of vocab_size on the training texts.")
+    tokenizer: str | None = _option(
+        None, "Folder or hub name of a Hugging Face tokenizer with pad and eos."
+    )
+    train_tokenizer: bool = _option(
+        False, "Train a byte-level BPE of vocab_size on the training texts."
+    )
     vocab_size: int | None = _option(
-        None, "Ids of the model; default: 4096 for a trained tokenizer, else the tokenizer's own size."
+        None,
+        "Ids of the model; default: 4096 for a trained tokenizer, else the tokenizer's own size.",
     )
     hybrid_override_pattern: str | None = _option(
         None, "One letter per layer: M Mamba-2, * attention, - MLP, E mixture of experts."
@@ -59,16 +67,29 @@ class ModelArguments:
     n_routed_experts: int | None = _option(None, "Experts of an E layer.")
     num_experts_per_tok: int | None = _option(None, "Experts that a token is sent to.")
     moe_intermediate_size: int | None = _option(None, "Inner width of a routed expert.")
-    moe_shared_expert_intermediate_size: int | None = _option(None, "Inner width of the shared expert.")
-    moe_latent_size: int | None = _option(None, "Width that the routed experts work in (LatentMoE).")
-    tie_word_embeddings: bool | None = _option(None, "Share the embedding and the head (default: true).")
+    moe_shared_expert_intermediate_size: int | None = _option(
+        None, "Inner width of the shared expert."
+    )
+    moe_latent_size: int | None = _option(
+        None, "Width that the routed experts work in (LatentMoE)."
+    )
+    initializer_range: float | None = _option(
+        None, "Standard deviation of new weights (default: 0.02)."
+    )
+    tie_word_embeddings: bool | None = _option(
+        None, "Share the embedding and the head (default: true)."
+    )
     mamba_direction: str | None = _option(
-        None, "Mamba layers in denoise mode: forward, bidirectional or gated (default: bidirectional for tess)."
+        None,
+        "Mamba layers in denoise mode: forward, bidirectional or gated "
+        "(default: bidirectional for tess).",
     )
 
     def backbone_overrides(self) -> dict[str, Any]:
         """The backbone's fields that were set."""
-        names = [f.name for f in dataclasses.fields(self) if f.name in HybridConfig.__dataclass_fields__]
+        names = [
+            f.name for f in dataclasses.fields(self) if f.name in HybridConfig.__dataclass_fields__
+        ]
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
@@ -90,47 +111,70 @@ SMALL_BACKBONE: dict[str, Any] = {
     "moe_shared_expert_intermediate_size": 192,
     "tie_word_embeddings": True,
 }
-"""The model that is trained where no size is given: about a minute per thousand pairs on two cores."""
+"""The model that is trained where no size is given."""
 
 
 @dataclass
 class DiffusionArguments:
-    """The diffusion process and the denoiser's settings (objective tess). A default of None is the model's own."""
+    """The diffusion process and the denoiser (objective tess); None is the model's default."""
 
-    simplex_value: float | None = _option(None, "k: a token is +k on its own coordinate and -k elsewhere.")
+    simplex_value: float | None = _option(
+        None, "k: a token is +k on its own coordinate and -k elsewhere."
+    )
     num_diffusion_steps: int = _option(5000, "T, and so the most sampling steps.")
     beta_schedule: str = _option("squaredcos_improved_ddpm", "Noise schedule.")
     cosine_s: float = _option(1e-4, "Offset s of the cosine schedule.")
-    source_encoding: str | None = _option(None, "How the source is read: causal, bidirectional, or joint with the target.")
+    source_encoding: str | None = _option(
+        None, "How the source is read: causal, bidirectional, or joint with the target."
+    )
     self_conditioning: str | None = _option(None, "Self-conditioning variant, or none.")
-    self_conditioning_mix: str | None = _option(None, "Where it is mixed in: probabilities, embeddings or logits.")
+    self_conditioning_mix: str | None = _option(
+        None, "Where it is mixed in: probabilities, embeddings or logits."
+    )
     self_conditioning_zeros_after_softmax: bool | None = _option(
         None, "Without a previous prediction use zeros, not the uniform distribution."
     )
-    self_conditioning_mlp: bool | None = _option(None, "An MLP in the variants that have a projection.")
-    self_conditioning_probability: float = _option(0.5, "Share of training batches with a first pass.")
-    deepmind_conditional: bool | None = _option(None, "The SED variant of conditioning on the clean context.")
-    num_source_positions: int | None = _option(None, "Learned absolute positions for the source (0: none).")
-    num_target_positions: int | None = _option(None, "Learned absolute positions for the target (0: none).")
-    source_drop_probability: float = _option(0.0, "Share of batches without their source, for guidance.")
-    stratified_timesteps: bool = _option(True, "One time from each of B equal parts of (0, 1] per batch.")
-    pad_loss_weight: float = _option(0.0, "Above 0: the canvas goes on over padding, with this loss weight.")
+    self_conditioning_mlp: bool | None = _option(
+        None, "An MLP in the variants that have a projection."
+    )
+    self_conditioning_probability: float = _option(
+        0.5, "Share of training batches with a first pass."
+    )
+    deepmind_conditional: bool | None = _option(
+        None, "The SED variant of conditioning on the clean context."
+    )
+    num_source_positions: int | None = _option(
+        None, "Learned absolute positions for the source (0: none)."
+    )
+    num_target_positions: int | None = _option(
+        None, "Learned absolute positions for the target (0: none)."
+    )
+    source_drop_probability: float = _option(
+        0.0, "Share of examples with an empty source, for guidance."
+    )
+    stratified_timesteps: bool = _option(
+        True, "One time from each of B equal parts of (0, 1] per batch."
+    )
+    pad_loss_weight: float = _option(
+        0.0, "Above 0: the canvas goes on over padding, with this loss weight."
+    )
     canvas: str = _option(
-        "batch", "With pad_loss_weight: the canvas ends with the batch's longest, or by the length rule.",
+        "batch",
+        "With pad_loss_weight: the canvas ends with the batch's longest, or by the length rule.",
         choices=["batch", "rule"],
     )
     length_quantile: float | None = _option(
         None,
-        "Share of training targets that fit the default generation length; default 0.99 with pad_loss_weight, and 0.5 "
-        "without it (such a model fills its canvas).",
-    )  # fmt: skip
+        "Share of training targets that fit the default generation length; default 0.99 with "
+        "pad_loss_weight, and 0.5 without it (such a model fills its canvas).",
+    )
 
     def denoiser_overrides(self) -> dict[str, Any]:
         """The denoiser config's fields that were set."""
         names = [
             "simplex_value", "source_encoding", "self_conditioning", "self_conditioning_mix",
-            "self_conditioning_zeros_after_softmax", "self_conditioning_mlp", "deepmind_conditional",
-            "num_source_positions", "num_target_positions",
+            "self_conditioning_zeros_after_softmax", "self_conditioning_mlp",
+            "deepmind_conditional", "num_source_positions", "num_target_positions",
         ]  # fmt: skip
         chosen = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if chosen.get("self_conditioning") == "none":
@@ -144,19 +188,34 @@ class DataArguments:
 
     task: str | None = _option(None, "Train on this task's packaged rows, or on its --dataset.")
     dataset: str | None = _option(None, "A dataset of --task.")
-    train_file: list[str] = _option([], "Local files of pairs or texts: JSONL, CSV, TSV, Parquet (.gz too), or .txt.")
+    train_file: list[str] = _option(
+        [], "Local files of pairs or texts: JSONL, CSV, TSV, Parquet (.gz too), or .txt."
+    )
     validation_file: list[str] = _option([], "The same for evaluation.")
     data_root: str | None = _option(None, "Folder that relative file names start from.")
     source_column: str = _option("source", "Column of the source.")
     target_column: str = _option("target", "Column of the target; of a list the first is used.")
-    text_column: str | None = _option(None, "Read raw text from this column; no sources and targets then.")
-    detokenize: bool = _option(False, "Undo Penn-Treebank tokenisation of local files (tess/detokenize.py).")
-    max_source_length: int = _option(128, "Tokens of a source, special ones included; longer ones are cut.")
-    max_target_length: int = _option(128, "Tokens of a target, special ones included; longer ones are cut.")
+    text_column: str | None = _option(
+        None, "Read raw text from this column; no sources and targets then."
+    )
+    detokenize: bool = _option(
+        False, "Undo Penn-Treebank tokenisation of local files (tess/detokenize.py)."
+    )
+    max_source_length: int = _option(
+        128, "Tokens of a source, special ones included; longer ones are cut."
+    )
+    max_target_length: int = _option(
+        128, "Tokens of a target, special ones included; longer ones are cut."
+    )
+    long_rows: str = _option(
+        "cut",
+        "What to do with pairs beyond these lengths: cut them, or drop them.",
+        choices=["cut", "drop"],
+    )
     conditional_generation: str = _option(
         "seq2seq",
-        "Objective, or several separated by commas (one is drawn per batch): seq2seq, prefix_lm, span_infilling, ul2, "
-        "unconditional, ul2_with_unconditional, text_infilling.",
+        "Objective, or several separated by commas (one is drawn per batch): seq2seq, prefix_lm, "
+        "span_infilling, ul2, unconditional, ul2_with_unconditional, text_infilling.",
     )
     max_train_samples: int | None = _option(None, "Use the first so many training rows.")
     max_eval_samples: int | None = _option(None, "Use the first so many evaluation rows.")
@@ -168,11 +227,19 @@ class RunArguments:
     """What this project adds to transformers' own settings."""
 
     save_dtype: str = _option(
-        "float32", "Type of the weights in the final folder.", choices=["float32", "bfloat16", "float16"]
+        "float32",
+        "Type of the weights in the final folder.",
+        choices=["float32", "bfloat16", "float16"],
     )
-    ema_decay: float = _option(0.0, "Decay of the weights' moving average (0: none); evaluated and saved instead.")
-    router_balance_rate: float = _option(0.001, "Step of the experts' load-balancing bias after each update (0: none).")
-    num_samples_to_print: int = _option(3, "Generated texts to print before training and at each evaluation.")
+    ema_decay: float = _option(
+        0.0, "Decay of the weights' moving average (0: none); evaluated and saved instead."
+    )
+    router_balance_rate: float = _option(
+        0.001, "Step of the experts' load-balancing bias after each update (0: none)."
+    )
+    num_samples_to_print: int = _option(
+        3, "Generated texts to print before training and at each evaluation."
+    )
     num_inference_steps: int = _option(20, "Sampling steps for the printed texts.")
 
 
@@ -188,7 +255,7 @@ class Settings:
 
 
 class _Parser(HfArgumentParser):
-    """HfArgumentParser whose errors are `UserError`s, without the usage of two hundred flags before them."""
+    """HfArgumentParser whose errors are `UserError`s, without the usage of two hundred flags."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
@@ -210,7 +277,8 @@ def parse_settings(argv: Sequence[str] | None = None, description: str = "") -> 
     """Read `[CONFIG] [--flag value ...]`; a flag wins over the file.
 
     Raises:
-        UserError: unreadable file, unknown key or flag (with near matches), or a value of the wrong type.
+        UserError: unreadable file, unknown key or flag (with near matches), or a value of the wrong
+        type.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = make_parser(description)
@@ -232,7 +300,7 @@ def _flags_from_file(path: Path, known: dict[str, argparse.Action]) -> list[str]
     for key, value in read_config(path).items():
         if key not in known:
             raise UserError(f"{path}: {_unknown(key, list(known), 'key')}")
-        if value is None:
+        if value is None or value == []:
             continue
         values = value if isinstance(value, list) else [value]
         flags += [f"--{key}", *(json.dumps(v) if isinstance(v, dict) else str(v) for v in values)]
@@ -250,7 +318,11 @@ def read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"there is no file {str(path)!r}")
     try:
-        config = json.loads(path.read_text()) if path.suffix == ".json" else yaml.safe_load(path.read_text())
+        config = (
+            json.loads(path.read_text())
+            if path.suffix == ".json"
+            else yaml.safe_load(path.read_text())
+        )
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{path} is not readable: {error}") from error
     if not isinstance(config, dict):
@@ -278,7 +350,9 @@ def _check(settings: Settings) -> None:
         raise UserError(f"--{sizes[0]} is fixed by the checkpoint that --init_from names")
     for name in ("max_source_length", "max_target_length"):
         if getattr(data, name) < 3:
-            raise UserError(f"{name} must be at least 3 (two special tokens and text), got {getattr(data, name)}")
+            raise UserError(
+                f"{name} must be at least 3 (special tokens and text), got {getattr(data, name)}"
+            )
     for owner, name in (
         (run, "ema_decay"),
         (settings.diffusion, "self_conditioning_probability"),

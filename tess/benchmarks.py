@@ -1,4 +1,4 @@
-"""Side-by-side timings. Every figure is taken in the same run as its rival's and given as a ratio."""
+"""Side-by-side timings: every figure is taken in the same run as its rival's, as a ratio."""
 
 import math
 import platform

@@ -1,4 +1,4 @@
-"""What every script's door does: run `main`, and turn a user's mistake into one sentence and exit status 2."""
+"""What every script does: run `main`, and turn a user's mistake into one sentence and status 2."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -22,10 +22,12 @@ def one_sentence(error: BaseException) -> str:
 def run(main: Callable[[Sequence[str] | None], int | None]) -> None:
     """Call `main(None)` and leave with its status.
 
-    A `UserError`, `ValueError` or `OSError` is printed as `error: <one sentence>` on stderr, status 2;
-    Ctrl-C gives status 130 and a closed pipe on stdout gives 141. Anything else is a defect and keeps its traceback.
+    A `UserError`, `ValueError` or `OSError` is printed as `error: <one sentence>` on stderr, status
+    2; Ctrl-C gives status 130 and a closed pipe on stdout gives 141. Anything else is a defect and
+    keeps its traceback.
     """
-    # transformers' and diffusers' bars for reading and writing files; scripts have their own for what takes time.
+    # transformers' and diffusers' bars for reading and writing files; scripts have their own for
+    # what takes time.
     transformers_logging.disable_progress_bar()
     diffusers_logging.disable_progress_bar()
     try:
@@ -35,7 +37,8 @@ def run(main: Callable[[Sequence[str] | None], int | None]) -> None:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
-        # The reader of our output went away (`| head`); Python would complain again while it closes stdout.
+        # The reader of our output went away (`| head`); Python would complain again while it closes
+        # stdout.
         sys.stdout = None
         sys.exit(141)
     except (UserError, ValueError, OSError) as error:
@@ -51,5 +54,7 @@ def default_checkpoint() -> Path:
         UserError: when this is not a checkout, or the checkout has no `checkpoints/default`.
     """
     if not DEFAULT_CHECKPOINT.is_dir():
-        raise UserError(f"there is no shipped checkpoint at {DEFAULT_CHECKPOINT}; name one with --checkpoint DIR")
+        raise UserError(
+            f"no shipped checkpoint at {DEFAULT_CHECKPOINT}; name one with --checkpoint DIR"
+        )
     return DEFAULT_CHECKPOINT

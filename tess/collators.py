@@ -4,12 +4,13 @@ B examples, L canvas (target) positions, S source positions. A batch is a dict o
 
     source_ids, source_mask  [B, S]  long, left padded; absent when the objective has no source
     target_ids, target_mask  [B, L]  long, right padded; mask 1 = the position is in the canvas
-    noise_mask               [B, L]  long; 1 = noised and predicted, 0 = clean context inside the canvas, or padding
+    noise_mask               [B, L]  long; 1 = noised and predicted, 0 = clean context or padding
     loss_weights             [B, L]  float32
 
-A row is `{"source": ids or None, "target": ids, "seed": int}`, ids without special tokens. All randomness comes from the
-rows' seeds (see `tess.training_data`), so a batch is the same after a restart and with any number of loader workers.
-One objective is drawn per batch (not per example): batches with and without a source never mix.
+A row is `{"source": ids or None, "target": ids, "seed": int}`, ids without special tokens. All
+randomness comes from the rows' seeds (see `tess.training_data`), so a batch is the same after a
+restart and with any number of loader workers. One objective is drawn per batch (not per example):
+batches with and without a source never mix.
 """
 
 import math
@@ -50,9 +51,9 @@ class Canvas:
     """How long the canvas of an example is, and what its padding weighs in the loss."""
 
     pad_loss_weight: float = 0.0
-    """0: the canvas ends at `</s>` and padding is outside it. Above 0: the canvas goes on over pads of that weight."""
+    """0: the canvas ends at `</s>`. Above 0: it goes on over pads of that weight."""
     extent: Literal["batch", "rule"] = "batch"
-    """Where a canvas with pads ends: with the batch's longest, or where the length rule for generation ends it."""
+    """Where a canvas with pads ends: with the batch's longest, or by generation's length rule."""
     length_ratio: float | None = None
     """Canvas tokens per source token in the rule."""
     length_margin: int = 0
@@ -76,16 +77,18 @@ class Canvas:
 
 
 def span_mask(length: int, ratio: float, mean_span: float, rng: random.Random) -> list[bool]:
-    """T5's noise mask: about `ratio * length` positions in spans of `mean_span` on average, a clean one first.
+    """T5's noise mask: `ratio * length` positions in spans of `mean_span` on average.
 
-    At least one position is noised and, from two positions on, at least one is clean.
+    The first position is clean. At least one is noised and, from two on, at least one is clean.
     """
     if length < 2:
         return [True] * length
     noised = min(max(round(length * ratio), 1), length - 1)
     spans = min(max(round(noised / mean_span), 1), noised, length - noised)
     mask: list[bool] = []
-    for clean, noisy in zip(_parts(length - noised, spans, rng), _parts(noised, spans, rng), strict=True):
+    for clean, noisy in zip(
+        _parts(length - noised, spans, rng), _parts(noised, spans, rng), strict=True
+    ):
         mask += [False] * clean + [True] * noisy
     return mask
 
@@ -97,9 +100,10 @@ def _parts(total: int, count: int, rng: random.Random) -> list[int]:
 
 
 class Collator:
-    """Makes batches for `conditional_generation`: one objective's name, or several separated by commas (equal shares).
+    """Makes batches for an objective, or for a comma-separated mixture with equal shares.
 
-    Text objectives (all but `seq2seq`) read a row's target, or for a pair either side with equal chance.
+    Text objectives (all but `seq2seq`) read a row's target, or for a pair either side with equal
+    chance.
 
     Args:
         tokenizer: gives the special ids.
@@ -123,7 +127,9 @@ class Collator:
         self.tokenizer = tokenizer
         self.objectives = objective_names(conditional_generation)
         if "text_infilling" in self.objectives and tokenizer.mask_token_id is None:
-            raise UserError("text_infilling needs a tokenizer with a mask_token, and this one has none")
+            raise UserError(
+                "text_infilling needs a tokenizer with a mask_token, and this one has none"
+            )
         self.max_source_length = max_source_length
         self.max_target_length = max_target_length
         self.canvas = canvas or Canvas()
@@ -135,7 +141,8 @@ class Collator:
         draw = OBJECTIVES[objective or batch_rng.choice(self.objectives)](self, batch_rng)
         return self._pad([draw(row, random.Random(row["seed"])) for row in rows])
 
-    # Each method draws what holds for the whole batch and returns the function that draws one example.
+    # Each method draws what holds for the whole batch and returns the function that draws one
+    # example.
 
     def _seq2seq(self, batch_rng: random.Random) -> Callable[[Row, random.Random], Drawn]:
         def draw(row: Row, rng: random.Random) -> Drawn:
@@ -164,7 +171,8 @@ class Collator:
 
     def _prefix_lm(self, batch_rng: random.Random) -> Callable[[Row, random.Random], Drawn]:
         def draw(row: Row, rng: random.Random) -> Drawn:
-            # The prefix is the source, without `</s>`: source and target together are the running text.
+            # The prefix is the source, without `</s>`: source and target together are the running
+            # text.
             room = self.max_source_length - (self.tokenizer.bos_token_id is not None)
             text = self._window(row, room + self.max_target_length, rng)
             cut = rng.randint(1, max(1, min((len(text) - 1) // 2, room)))
@@ -183,7 +191,9 @@ class Collator:
             return self._spans(*batch_rng.choice(AGGRESSIVE_SPANS))
         return self._prefix_lm(batch_rng)
 
-    def _ul2_with_unconditional(self, batch_rng: random.Random) -> Callable[[Row, random.Random], Drawn]:
+    def _ul2_with_unconditional(
+        self, batch_rng: random.Random
+    ) -> Callable[[Row, random.Random], Drawn]:
         return self._unconditional(batch_rng) if batch_rng.random() < 0.25 else self._ul2(batch_rng)
 
     def _text_infilling(self, batch_rng: random.Random) -> Callable[[Row, random.Random], Drawn]:
@@ -205,13 +215,14 @@ class Collator:
                 elif position == 0 or not hidden[position - 1]:
                     source.append(self.tokenizer.mask_token_id)
             return Drawn(
-                target=target_layout(self.tokenizer, text), source=source_layout(self.tokenizer, source)
+                target=target_layout(self.tokenizer, text),
+                source=source_layout(self.tokenizer, source),
             )
 
         return draw
 
     def _window(self, row: Row, length: int, rng: random.Random) -> list[int]:
-        """A text and its `</s>`; of one that is too long, a window at a random place (`</s>` only if it gets there)."""
+        """A text and its `</s>`; of a longer one, `length` tokens from a random place on."""
         text = target_layout(self.tokenizer, _side(row, rng))
         start = rng.randint(0, max(0, len(text) - length))
         return text[start : start + length]
@@ -219,7 +230,9 @@ class Collator:
     def _pad(self, examples: list[Drawn]) -> dict[str, Tensor]:
         pad_id = self.tokenizer.pad_token_id
         longest = max(len(example.target) for example in examples)
-        canvases = [self.canvas.length(example, longest, self.max_target_length) for example in examples]
+        canvases = [
+            self.canvas.length(example, longest, self.max_target_length) for example in examples
+        ]
         width = max(canvases)
         target_ids_BL = torch.full((len(examples), width), pad_id)
         target_mask_BL = torch.zeros_like(target_ids_BL)
@@ -262,7 +275,9 @@ def _side(row: Row, rng: random.Random) -> Sequence[int]:
     return row["target"]
 
 
-OBJECTIVES: dict[str, Callable[[Collator, random.Random], Callable[[Row, random.Random], Drawn]]] = {
+OBJECTIVES: dict[
+    str, Callable[[Collator, random.Random], Callable[[Row, random.Random], Drawn]]
+] = {
     "seq2seq": Collator._seq2seq,
     "prefix_lm": Collator._prefix_lm,
     "span_infilling": Collator._span_infilling,
@@ -274,12 +289,16 @@ OBJECTIVES: dict[str, Callable[[Collator, random.Random], Callable[[Row, random.
 """What `conditional_generation` may name:
 
 - `seq2seq`: the target given the source.
-- `prefix_lm`: the rest of a text given its beginning (1 token up to half of it), which is the source.
-- `span_infilling`: T5 spans (15 %, mean length 3) noised in place; the rest of the text is clean context.
-- `ul2`: in equal shares T5 spans (15 %, 3 or 8), aggressive spans (50 %, 3, 8 or 48) and `prefix_lm`.
+- `prefix_lm`: the rest of a text given its beginning (1 token up to half of it), which is the
+  source.
+- `span_infilling`: T5 spans (15 %, mean length 3) noised in place; the rest of the text is clean
+  context.
+- `ul2`: in equal shares T5 spans (15 %, 3 or 8), aggressive spans (50 %, 3, 8 or 48) and
+  `prefix_lm`.
 - `unconditional`: the whole text.
 - `ul2_with_unconditional`: in equal shares the three of `ul2` and `unconditional`.
-- `text_infilling`: the text given itself with spans hidden behind one `<mask>` each (0 to 50 %, mean length 3).
+- `text_infilling`: the text given itself with spans hidden behind one `<mask>` each (0 to 50 %,
+  mean length 3).
 """
 
 
@@ -291,5 +310,8 @@ def objective_names(conditional_generation: str) -> list[str]:
     """
     names = [name.strip() for name in conditional_generation.split(",")]
     if unknown := [name for name in names if name not in OBJECTIVES]:
-        raise UserError(f"conditional_generation has no {unknown[0]!r}; the known ones are {', '.join(OBJECTIVES)}")
+        raise UserError(
+            f"conditional_generation has no {unknown[0]!r}; the known ones are "
+            f"{', '.join(OBJECTIVES)}"
+        )
     return names

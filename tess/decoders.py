@@ -1,4 +1,4 @@
-"""The ways to write a text with a checkpoint, behind one call: `tess` (parallel denoising) and `ar` (token by token)."""
+"""Ways to write with a checkpoint, behind one call: `tess` (all at once), `ar` (token by token)."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -27,8 +27,8 @@ class Generation:
     text: without special tokens, up to `</s>`.
     token_ids: up to and including `</s>` if there is one, without padding.
     num_new_tokens: their number.
-    nfe: network evaluations over the target spent on this text (reading the source is not counted for tess; it gives
-        the first token for ar, and is its first evaluation).
+    nfe: network evaluations over the target spent on this text (reading the source is not counted
+        for tess; it gives the first token for ar, and is its first evaluation).
     """
 
     text: str
@@ -60,7 +60,7 @@ class Decoder(Protocol):
 
 
 class _BatchedDecoder:
-    """Checks and encodes texts, and runs them in batches of like lengths, in the order they came."""
+    """Checks and encodes texts and runs them in batches of like lengths."""
 
     name: str
 
@@ -98,7 +98,9 @@ class _BatchedDecoder:
         Raises:
             UserError: an empty text, or an argument out of range.
         """
-        rows = [encode_source(self.tokenizer, text, self._max_source_length(), strict) for text in texts]
+        rows = [
+            encode_source(self.tokenizer, text, self._max_source_length(), strict) for text in texts
+        ]
         return self.generate_ids(
             rows,
             num_inference_steps=num_inference_steps,
@@ -128,12 +130,18 @@ class _BatchedDecoder:
         self.model.eval()
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         results: dict[int, Generation] = {}
-        bar = transformers_logging.tqdm(total=len(rows), desc=self.name, leave=False) if progress else nullcontext()
+        bar = (
+            transformers_logging.tqdm(total=len(rows), desc=self.name, leave=False)
+            if progress
+            else nullcontext()
+        )
         with bar:
             for start in range(0, len(order), batch_size):
                 chosen = order[start : start + batch_size]
                 batch = [list(rows[i]) for i in chosen]
-                written = self._batch(batch, num_inference_steps, gen_length, seed, top_p, temperature)
+                written = self._batch(
+                    batch, num_inference_steps, gen_length, seed, top_p, temperature
+                )
                 results |= dict(zip(chosen, written, strict=True))
                 if progress:
                     bar.update(len(chosen))
@@ -142,7 +150,9 @@ class _BatchedDecoder:
     def _generation(self, ids: list[int], nfe: int | None = None) -> Generation:
         eos = self.tokenizer.eos_token_id
         kept = ids[: ids.index(eos) + 1] if eos in ids else ids
-        return Generation(decode(self.tokenizer, kept), kept, len(kept), len(kept) if nfe is None else nfe)
+        return Generation(
+            decode(self.tokenizer, kept), kept, len(kept), len(kept) if nfe is None else nfe
+        )
 
     def _max_source_length(self) -> int | None:
         raise NotImplementedError
@@ -166,13 +176,17 @@ class TessDecoder(_BatchedDecoder):
 
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts)
-        self.pipeline = TessPipeline(denoiser=parts.model, scheduler=parts.scheduler, tokenizer=parts.tokenizer)
+        self.pipeline = TessPipeline(
+            denoiser=parts.model, scheduler=parts.scheduler, tokenizer=parts.tokenizer
+        )
         self.pipeline.set_progress_bar_config(disable=True)
 
     def _max_source_length(self) -> int:
         return self.model.config.max_source_length
 
-    def _batch(self, rows, num_inference_steps, gen_length, seed, top_p, temperature) -> list[Generation]:
+    def _batch(
+        self, rows, num_inference_steps, gen_length, seed, top_p, temperature
+    ) -> list[Generation]:
         steps = DEFAULT_INFERENCE_STEPS if num_inference_steps is None else num_inference_steps
         out = self.pipeline(
             input_ids=rows,
@@ -191,7 +205,7 @@ class TessDecoder(_BatchedDecoder):
 
 
 class ArDecoder(_BatchedDecoder):
-    """One token per network evaluation, through the cache: greedy, or sampled when `top_p` is given."""
+    """One token per network evaluation, through the cache: greedy, or sampled with `top_p`."""
 
     name = "ar"
 
@@ -200,9 +214,13 @@ class ArDecoder(_BatchedDecoder):
         longest = self.tokenizer.model_max_length
         return None if longest > 10**6 else longest
 
-    def _batch(self, rows, num_inference_steps, gen_length, seed, top_p, temperature) -> list[Generation]:
+    def _batch(
+        self, rows, num_inference_steps, gen_length, seed, top_p, temperature
+    ) -> list[Generation]:
         if num_inference_steps is not None:
-            raise UserError("num_inference_steps belongs to the tess decoder; ar takes one evaluation per token")
+            raise UserError(
+                "num_inference_steps belongs to the tess decoder; ar takes one evaluation per token"
+            )
         source = pad_sources(rows, self.tokenizer.pad_token_id)
         device = self.model.device
         sampling = {"do_sample": False}
@@ -233,8 +251,8 @@ def load_decoder(
     """Load the decoder called `decoder` from a checkpoint.
 
     Args:
-        checkpoint: a pipeline folder (tess), a causal model's folder (ar), a folder that holds such ones as `tess/` and
-            `ar/`, or a training's output folder with `final/`.
+        checkpoint: a pipeline folder (tess), a causal model's folder (ar), a folder that holds such
+            ones as `tess/` and `ar/`, or a training's output folder with `final/`.
         decoder: "tess" or "ar"; None takes the one there is, tess where there are both.
         dtype: of the weights in memory; with float32 a text does not depend on its batch.
 
@@ -249,8 +267,8 @@ def load_decoder(
     found = _find(folder)
     if not found:
         raise UserError(
-            f"{folder} is not a checkpoint: expected model_index.json (tess), the config.json of a hybrid causal model "
-            "(ar), or folders tess/ or ar/"
+            f"{folder} is not a checkpoint: expected model_index.json (tess), a hybrid causal "
+            "model's config.json (ar), or folders tess/ or ar/"
         )
     name = decoder or next(name for name in DECODERS if name in found)
     if name not in found:
@@ -270,7 +288,9 @@ def _find(folder: Path) -> dict[str, Path]:
     return {name: folder / name for name in DECODERS if kind_of(folder / name) == name}
 
 
-def _check(gen_length: int | None, batch_size: int, top_p: float | None, temperature: float) -> None:
+def _check(
+    gen_length: int | None, batch_size: int, top_p: float | None, temperature: float
+) -> None:
     if gen_length is not None and gen_length < 1:
         raise UserError(f"gen_length must be at least 1, got {gen_length}")
     if batch_size < 1:

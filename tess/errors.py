@@ -2,4 +2,4 @@
 
 
 class UserError(ValueError):
-    """A wrong input, flag, file or shape; the message is one sentence saying what was expected and what came."""
+    """A wrong input, flag, file or shape; its one sentence says what was expected and what came."""

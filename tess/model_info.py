@@ -1,4 +1,4 @@
-"""What a checkpoint folder holds: parameters, what is active per token, and the cost of its cache."""
+"""What a checkpoint folder holds: parameters, how many are active, the cost of its cache."""
 
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,10 @@ def idle_parameters(model: nn.Module, config: HybridConfig) -> int:
 
 def _read_config(folder: Path) -> tuple[str, TessConfig | HybridConfig]:
     raw = TessConfig.get_config_dict(folder)[0]
-    kinds = {TessConfig.model_type: ("tess", TessConfig), HybridConfig.model_type: ("ar", HybridConfig)}
+    kinds = {
+        TessConfig.model_type: ("tess", TessConfig),
+        HybridConfig.model_type: ("ar", HybridConfig),
+    }
     if raw.get("model_type") not in kinds:
         raise UserError(
             f"{folder / 'config.json'} has model_type {raw.get('model_type')!r}; "

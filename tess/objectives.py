@@ -1,6 +1,7 @@
-"""The two training losses: simplex diffusion on the target (`tess_loss`) and next-token prediction (`ar_loss`).
+"""The two losses: simplex diffusion on the target (`tess_loss`), next-token prediction (`ar_loss`).
 
-B examples, L canvas (target) positions, S source positions, N = S + L, V vocabulary. Batches are `tess.collators`'.
+B examples, L canvas (target) positions, S source positions, N = S + L, V vocabulary. Batches are
+`tess.collators`'.
 """
 
 import torch
@@ -12,11 +13,13 @@ from tess.errors import UserError
 from tess.schedulers.renoising import RenoisingScheduler
 
 
-def sample_timesteps(batch_size: int, stratified: bool = True, device: torch.device | None = None) -> Tensor:
+def sample_timesteps(
+    batch_size: int, stratified: bool = True, device: torch.device | None = None
+) -> Tensor:
     """Training times [B], each uniform on (0, 1].
 
-    Stratified draws take one from each of B equal parts of the interval, in random order: the same density with less
-    variance between batches (arXiv 2107.00630, appendix I.1).
+    Stratified draws take one from each of B equal parts of the interval, in random order: the same
+    density with less variance between batches (arXiv 2107.00630, appendix I.1).
     """
     if not stratified:
         return 1 - torch.rand(batch_size, device=device)
@@ -41,10 +44,11 @@ def tess_loss(
     stratified: bool = True,
     source_drop_probability: float = 0.0,
 ) -> Tensor:
-    """TESS's training loss (arXiv 2305.08379, section 3): cross-entropy of the clean tokens given the noised ones.
+    """TESS's loss (arXiv 2305.08379, section 3): cross-entropy of clean tokens given noised ones.
 
-    One time per example; only positions of `noise_mask` are noised; with `self_conditioning_probability` the batch is
-    predicted once without gradient, at the same noised input, and that prediction is the second pass's input.
+    One time per example; only positions of `noise_mask` are noised; with
+    `self_conditioning_probability` the batch is predicted once without gradient, at the same noised
+    input, and that prediction is the second pass's input.
 
     Args:
         denoiser: a `TessDenoiser`, or a wrapper of one that has it as `.module`.
@@ -52,16 +56,22 @@ def tess_loss(
         batch: see `tess.collators`.
         self_conditioning_probability: per batch; ignored where the model has no self-conditioning.
         stratified: see `sample_timesteps`.
-        source_drop_probability: per example; such a source becomes the empty `<s> </s>`, which classifier-free guidance
-            compares with.
+        source_drop_probability: per example; such a source becomes the empty `<s> </s>`, which
+            classifier-free guidance compares with.
     """
     core = getattr(denoiser, "module", denoiser)
     target_ids_BL = batch["target_ids"]
-    source = {} if "source_ids" not in batch else {name: batch[name] for name in ("source_ids", "source_mask")}
+    source = (
+        {}
+        if "source_ids" not in batch
+        else {name: batch[name] for name in ("source_ids", "source_mask")}
+    )
     if source and source_drop_probability:
         source = _drop_sources(source, source_drop_probability, core.config.backbone_config)
     timesteps_B = sample_timesteps(len(target_ids_BL), stratified, target_ids_BL.device)
-    noise_BLV = torch.randn(*target_ids_BL.shape, core.config.vocab_size, device=target_ids_BL.device)
+    noise_BLV = torch.randn(
+        *target_ids_BL.shape, core.config.vocab_size, device=target_ids_BL.device
+    )
     sample = scheduler.add_noise(target_ids_BL, timesteps_B, noise_BLV)
     inputs = {"sample": sample, "timesteps": timesteps_B, "target_mask": batch["target_mask"]}
     if not torch.equal(batch["noise_mask"], batch["target_mask"]):
@@ -71,17 +81,23 @@ def tess_loss(
     context = source if cache is None else {"cache": cache}
 
     previous_BLV = None
-    if core.config.self_conditioning is not None and torch.rand(()).item() < self_conditioning_probability:
+    if (
+        core.config.self_conditioning is not None
+        and torch.rand(()).item() < self_conditioning_probability
+    ):
         with torch.no_grad():
             previous_BLV = denoiser(**inputs, **context).logits
-        # Autocast keeps the low-precision copies of the weights that it made without gradient, and would use them in
-        # the next pass, whose weights would then get none.
+        # Autocast keeps the low-precision copies of the weights. Those made without gradient must
+        # not serve the next pass: torch 2.13 sees to that, and a version that did not would leave
+        # weights untrained without a word.
         torch.clear_autocast_cache()
     logits_BLV = denoiser(**inputs, **context, previous=previous_BLV).logits
     return weighted_cross_entropy(logits_BLV, target_ids_BL, batch["loss_weights"])
 
 
-def _drop_sources(source: dict[str, Tensor], probability: float, config: HybridConfig) -> dict[str, Tensor]:
+def _drop_sources(
+    source: dict[str, Tensor], probability: float, config: HybridConfig
+) -> dict[str, Tensor]:
     ids_BS, mask_BS = source["source_ids"].clone(), source["source_mask"].clone()
     eos = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
     empty = [token for token in (config.bos_token_id, eos) if token is not None]
@@ -95,16 +111,20 @@ def _drop_sources(source: dict[str, Tensor], probability: float, config: HybridC
 def ar_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """Next-token cross-entropy of the target after the source, `</s>` included, in nats per token.
 
-    Source and target become one left-padded sequence, so the causal masks and the Mamba states meet no padding between
-    tokens. Rows without a source start with bos and every token of theirs is predicted.
+    Source and target become one left-padded sequence, so the causal masks and the Mamba states meet
+    no padding between tokens. Rows without a source start with bos and every token of theirs is
+    predicted.
 
     Raises:
-        UserError: for a batch with clean context inside the target, which has no autoregressive form.
+        UserError: for a batch with clean context inside the target, which has no autoregressive
+        form.
     """
     core = getattr(model, "module", model)
     target_mask_BL = batch["target_mask"]
     if not torch.equal(batch["noise_mask"], target_mask_BL):
-        raise UserError("span infilling in place has no autoregressive form; use text_infilling for --objective ar")
+        raise UserError(
+            "span infilling in place has no autoregressive form; use text_infilling instead"
+        )
     source_ids_BS, source_mask_BS = _ar_source(batch, core.config.bos_token_id)
     ids_BN = torch.cat([source_ids_BS, batch["target_ids"]], dim=1)
     mask_BN = torch.cat([source_mask_BS, target_mask_BL], dim=1)

@@ -1,7 +1,8 @@
 """Checkpoints on disk: written whole or not at all, and read strictly.
 
-A `tess` checkpoint is a pipeline folder (model_index.json, denoiser/, scheduler/, tokenizer/); an `ar` checkpoint is a
-plain Hugging Face folder (config.json, model.safetensors, the tokenizer's files).
+A `tess` checkpoint is a pipeline folder (model_index.json, denoiser/, scheduler/, tokenizer/); an
+`ar` checkpoint is a plain Hugging Face folder (config.json, model.safetensors, the tokenizer's
+files).
 """
 
 import json
@@ -60,27 +61,33 @@ def replaced_folder(final: Path) -> Iterator[Path]:
             old.rename(final)
         if _is_disk_error(error):
             reason = " ".join(str(error).split())
-            raise UserError(f"could not save {final} ({reason}); earlier checkpoints are untouched") from error
+            raise UserError(
+                f"could not save {final} ({reason}); earlier checkpoints are untouched"
+            ) from error
         raise
     finally:
         shutil.rmtree(final.parent / ".saving", ignore_errors=True)
 
 
 def _is_disk_error(error: BaseException) -> bool:
-    # torch.save reports a failed write as a RuntimeError of its zip writer, safetensors by a class of its own.
+    # torch.save reports a failed write as a RuntimeError of its zip writer, safetensors by a class
+    # of its own.
     zip_writer = isinstance(error, RuntimeError) and any(
-        words in str(error) for words in ("PytorchStreamWriter", "inline_container", "No space left")
+        words in str(error)
+        for words in ("PytorchStreamWriter", "inline_container", "No space left")
     )
     return isinstance(error, OSError | SafetensorError) or zip_writer
 
 
 def save_parts(parts: Parts, folder: Path) -> None:
-    """Write a checkpoint into `folder`, which is not made atomically here: see `replaced_folder`."""
+    """Write a checkpoint into `folder`; `replaced_folder` makes that atomic."""
     if parts.scheduler is None:
         parts.model.save_pretrained(folder)
         parts.tokenizer.save_pretrained(folder)
     else:
-        pipeline = TessPipeline(denoiser=parts.model, scheduler=parts.scheduler, tokenizer=parts.tokenizer)
+        pipeline = TessPipeline(
+            denoiser=parts.model, scheduler=parts.scheduler, tokenizer=parts.tokenizer
+        )
         pipeline.save_pretrained(folder)
 
 
@@ -99,15 +106,15 @@ def load_parts(folder: str | Path, dtype: torch.dtype = torch.float32) -> Parts:
     """Read a checkpoint of either kind.
 
     Raises:
-        UserError: no checkpoint there, a broken file, tensors missing or unknown (by name), or a tokenizer that does not
-            fit the model.
+        UserError: no checkpoint there, a broken file, tensors missing or unknown (by name), or a
+            tokenizer that does not fit the model.
     """
     folder = Path(folder)
     kind = kind_of(folder)
     if kind is None:
         raise UserError(
-            f"{folder} is not a checkpoint: expected a folder with model_index.json (tess), or with a config.json of "
-            f"model_type {HybridConfig.model_type!r} (ar)"
+            f"{folder} is not a checkpoint: expected a folder with model_index.json (tess), or "
+            f"with a config.json of model_type {HybridConfig.model_type!r} (ar)"
         )
     try:
         if kind == "tess":
@@ -119,7 +126,9 @@ def load_parts(folder: str | Path, dtype: torch.dtype = torch.float32) -> Parts:
         else:
             parts = Parts(model=_load_causal(folder, dtype), tokenizer=load_tokenizer(folder))
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
-        raise UserError(f"the checkpoint {folder} cannot be read: {' '.join(str(error).split())}") from error
+        raise UserError(
+            f"the checkpoint {folder} cannot be read: {' '.join(str(error).split())}"
+        ) from error
     check_tokenizer(parts.tokenizer, parts.model.config.vocab_size)
     return parts
 
@@ -128,10 +137,16 @@ def _load_causal(folder: Path, dtype: torch.dtype) -> HybridForCausalLM:
     model, info = HybridForCausalLM.from_pretrained(
         folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
     )
-    for word, key in (("lacks", "missing_keys"), ("has unknown", "unexpected_keys"), ("has misshapen", "mismatched_keys")):
+    for word, key in (
+        ("lacks", "missing_keys"),
+        ("has unknown", "unexpected_keys"),
+        ("has misshapen", "mismatched_keys"),
+    ):
         if info[key]:
             first = sorted(str(name) for name in info[key])[0]
-            raise UserError(f"the checkpoint {folder} does not fit: it {word} {first} ({len(info[key])} in all)")
+            raise UserError(
+                f"the checkpoint {folder} does not fit: it {word} {first} ({len(info[key])} in all)"
+            )
     return model
 
 
@@ -151,4 +166,10 @@ def copy_weights(source: torch.nn.Module, target: torch.nn.Module) -> tuple[list
             shapes = f"{list(state[name].shape)} there and {list(wanted[name].shape)} here"
             raise UserError(f"the checkpoint does not fit the settings: {name} is {shapes}")
     target.load_state_dict(state, strict=False)
-    return sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
+    return _only_in(wanted, state), _only_in(state, wanted)
+
+
+def _only_in(state: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """Names that `other` lacks, but for a tied head, whose weight is there under its first name."""
+    shared = {state[name].data_ptr() for name in state.keys() & other.keys()}
+    return sorted(n for n in state.keys() - other.keys() if state[n].data_ptr() not in shared)

@@ -1,7 +1,7 @@
-"""Tokenizers: train a small byte-level BPE, load any Hugging Face one, and lay out source and target ids.
+"""Tokenizers: train a byte-level BPE, load any Hugging Face one, lay out source and target ids.
 
-Layout of one example: source ids are `<s> source </s>`, target ids are `target </s>` (`<s>` is left out where the
-tokenizer has no bos). Truncation cuts the text and keeps `</s>`.
+Layout of one example: source ids are `<s> source </s>`, target ids are `target </s>` (`<s>` is left
+out where the tokenizer has no bos). Truncation cuts the text and keeps `</s>`.
 """
 
 import logging
@@ -22,7 +22,7 @@ SPECIAL_TOKENS = {
     "unk_token": "<unk>",
     "mask_token": "<mask>",
 }
-"""Role and spelling of the special tokens of a trained tokenizer; their ids are 0 to 4 in this order."""
+"""Role and spelling of a trained tokenizer's special tokens; their ids are 0 to 4."""
 
 SMALLEST_VOCAB_SIZE = len(SPECIAL_TOKENS) + 256
 
@@ -34,13 +34,17 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
     Args:
         texts: training strings.
-        vocab_size: number of ids, special tokens and the 256 bytes included; fewer when the texts run out of pairs.
+        vocab_size: number of ids, special tokens and the 256 bytes included; fewer when the texts
+            run out of pairs.
 
     Raises:
         UserError: when `vocab_size` cannot hold the special tokens and the bytes.
     """
     if vocab_size < SMALLEST_VOCAB_SIZE:
-        raise UserError(f"vocab_size must be at least {SMALLEST_VOCAB_SIZE} (special tokens and bytes), got {vocab_size}")
+        raise UserError(
+            f"vocab_size must be at least {SMALLEST_VOCAB_SIZE} (special tokens and bytes), "
+            f"got {vocab_size}"
+        )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -52,10 +56,14 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **SPECIAL_TOKENS)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **SPECIAL_TOKENS
+    )
 
 
-def load_tokenizer(name_or_path: str | Path, vocab_size: int | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    name_or_path: str | Path, vocab_size: int | None = None
+) -> PreTrainedTokenizerBase:
     """Load a tokenizer from a folder or by its name on the hub, and check it.
 
     Raises:
@@ -71,34 +79,44 @@ def load_tokenizer(name_or_path: str | Path, vocab_size: int | None = None) -> P
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = None) -> None:
-    """Refuse a tokenizer without pad or eos, or with ids that a model of `vocab_size` embeddings does not have.
+    """Refuse a tokenizer without pad or eos, or with more ids than `vocab_size`.
 
     Raises:
         UserError: saying what is missing, or both sizes.
     """
     for role in ("pad_token", "eos_token"):
         if getattr(tokenizer, f"{role}_id") is None:
-            raise UserError(f"the tokenizer {tokenizer.name_or_path or ''!r} has no {role}, which texts are laid out with")
+            raise UserError(
+                f"the tokenizer {tokenizer.name_or_path!r} has no {role}, which every text needs"
+            )
     if vocab_size is not None and len(tokenizer) > vocab_size:
         raise UserError(
-            f"vocabulary mismatch: the tokenizer has {len(tokenizer)} ids and the model's vocab_size is {vocab_size}"
+            f"vocabulary mismatch: the tokenizer has {len(tokenizer)} ids and the model's "
+            f"vocab_size is {vocab_size}"
         )
 
 
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Ids of bare texts, without special tokens; a text that spells `</s>` is encoded as those four characters."""
+    """Ids of bare texts; one that spells `</s>` is encoded as those four characters."""
     if not texts:
         return []
     encoded = tokenizer(
-        list(texts), add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
+        list(texts),
+        add_special_tokens=False,
+        split_special_tokens=True,
+        return_attention_mask=False,
+        verbose=False,
     )
     return encoded["input_ids"]
 
 
 def source_layout(
-    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], max_length: int | None = None, with_eos: bool = True
+    tokenizer: PreTrainedTokenizerBase,
+    ids: Sequence[int],
+    max_length: int | None = None,
+    with_eos: bool = True,
 ) -> list[int]:
-    """`<s> ids </s>` of at most `max_length` ids; the end of `ids` is cut. `with_eos=False` is for a text that goes on."""
+    """`<s> ids </s>` of at most `max_length`; `with_eos=False` is for a text that goes on."""
     before = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     after = [tokenizer.eos_token_id] if with_eos else []
     return before + _cut(ids, max_length, len(before) + len(after)) + after
@@ -115,12 +133,17 @@ def _cut(ids: Sequence[int], max_length: int | None, reserved: int) -> list[int]
     if max_length is None:
         return list(ids)
     if max_length <= reserved:
-        raise UserError(f"a maximum length of {max_length} leaves no room for text beside {reserved} special tokens")
+        raise UserError(
+            f"a maximum length of {max_length} leaves no room beside {reserved} special tokens"
+        )
     return list(ids[: max_length - reserved])
 
 
 def encode_source(
-    tokenizer: PreTrainedTokenizerBase, text: str, max_length: int | None = None, strict: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    max_length: int | None = None,
+    strict: bool = False,
 ) -> list[int]:
     """Source ids of one text, `<s> source </s>`.
 
@@ -136,7 +159,7 @@ def encode_source(
 
 
 def cut_source(ids: Sequence[int], max_length: int | None, strict: bool = False) -> list[int]:
-    """Laid-out source ids of at most `max_length`, the last one (`</s>`) kept; cutting is warned of.
+    """Source ids of at most `max_length`, the last one (`</s>`) kept; cutting is warned of.
 
     Raises:
         UserError: with `strict`, for a source that is too long.
@@ -151,7 +174,9 @@ def cut_source(ids: Sequence[int], max_length: int | None, strict: bool = False)
     return [*ids[: max_length - 1], ids[-1]]
 
 
-def encode_target(tokenizer: PreTrainedTokenizerBase, text: str, max_length: int | None = None) -> list[int]:
+def encode_target(
+    tokenizer: PreTrainedTokenizerBase, text: str, max_length: int | None = None
+) -> list[int]:
     """Target ids of one text, `target </s>`, cut to `max_length`."""
     (ids,) = encode_texts(tokenizer, [text])
     return target_layout(tokenizer, ids, max_length)

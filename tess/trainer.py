@@ -1,7 +1,8 @@
 """transformers' Trainer for our two objectives: what is overridden, and nothing else.
 
-Overridden: the loss, the order of the rows, checkpoints (whole or not at all, loadable by scripts/generate.py), and
-evaluation (its own fixed random numbers, and the averaged weights if there are any).
+Overridden: the loss, the order of the rows, checkpoints (whole or not at all, loadable by
+scripts/generate.py), and evaluation (its own fixed random numbers, and the averaged weights if
+there are any).
 """
 
 from collections.abc import Callable, Iterator
@@ -26,7 +27,8 @@ TRAINER_STATE_FILE = "trainer_state.json"
 class WeightAverage:
     """Exponential moving average of a model's parameters, in their own precision.
 
-    The decay starts low, min(decay, (1 + n) / (10 + n)) after n updates, so that the random start is forgotten.
+    The decay starts low, min(decay, (1 + n) / (10 + n)) after n updates, so that the random start
+    is forgotten.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -116,9 +118,14 @@ class TextTrainer(Trainer):
         return self.train_sampler
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **kwargs: Any
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        **kwargs: Any,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        # Accelerate puts autocast around the model's forward only, and the source is encoded outside it.
+        # Accelerate puts autocast around the model's forward only, and the source is encoded
+        # outside it.
         with self.accelerator.autocast():
             loss = self.loss_function(model, inputs)
         return (loss, {}) if return_outputs else loss
@@ -145,7 +152,7 @@ class TextTrainer(Trainer):
         return nullcontext() if self.average is None else self.average.swapped_into(self.model)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """0: transformers' estimate (6 x parameters x tokens) is wrong for experts and for soft embeddings."""
+        """0: transformers' estimate, 6 x parameters x tokens, is wrong for experts."""
         return 0
 
     # Checkpoints
@@ -156,7 +163,8 @@ class TextTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         final = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         main = self.is_world_process_zero()
-        # All processes write into the folder that the main one makes, and it is renamed when all have.
+        # All processes write into the folder that the main one makes, and it is renamed when all
+        # have.
         shared = nullcontext(final.parent / ".saving" / final.name)
         with replaced_folder(final) if main else shared as temporary:
             self.accelerator.wait_for_everyone()
@@ -178,10 +186,12 @@ class TextTrainer(Trainer):
             output_dir=self.args.output_dir,
             save_total_limit=self.args.save_total_limit,
             best_model_checkpoint=self.state.best_model_checkpoint,
-            use_mtime=True,
+            use_mtime=False,
         )
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None
+    ) -> None:
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
@@ -189,7 +199,9 @@ class TextTrainer(Trainer):
         if self.average is not None:
             save_file(self.average.tensors, folder / AVERAGE_FILE)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
         loaded = load_parts(resume_from_checkpoint)
         self.model.load_state_dict(loaded.model.state_dict())
         if self.average is not None:

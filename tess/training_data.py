@@ -1,9 +1,11 @@
-"""Training rows: files or tasks to token ids, and a sampler whose order and draws do not depend on where a run restarts.
+"""Training rows: texts to token ids, and an order that is the same when a run is restarted.
 
-`Trainer` fetches batches ahead of the step that uses them, so the global random state at a checkpoint is not the one that
-the next batch was made with. Therefore nothing here reads it: order and draws are functions of (seed, epoch, row).
+`Trainer` fetches batches ahead of the step that uses them, so the global random state at a
+checkpoint is not the one that the next batch was made with. Therefore nothing here reads it: order
+and draws are functions of (seed, epoch, row).
 """
 
+import copy
 import hashlib
 import math
 import random
@@ -17,7 +19,7 @@ from tess.errors import UserError
 from tess.tokenization import encode_texts
 
 MEGABATCH = 50
-"""Batches that are sorted by length together: less padding, and still a different neighbour in every epoch."""
+"""Batches that are sorted by length together: little padding, other neighbours in every epoch."""
 
 
 class TokenRows(Dataset):
@@ -38,7 +40,9 @@ class TokenRows(Dataset):
     ) -> None:
         self.seed = seed
         self.targets = encode_texts(tokenizer, targets)
-        encoded = iter(encode_texts(tokenizer, [source for source in sources if source is not None]))
+        encoded = iter(
+            encode_texts(tokenizer, [source for source in sources if source is not None])
+        )
         self.sources = [None if source is None else next(encoded) for source in sources]
 
     def __len__(self) -> int:
@@ -51,6 +55,13 @@ class TokenRows(Dataset):
             "target": self.targets[index],
             "seed": stable_seed(self.seed, epoch, index),
         }
+
+    def select(self, indices: Sequence[int]) -> "TokenRows":
+        """Only the given rows, in that order."""
+        chosen = copy.copy(self)
+        chosen.sources = [self.sources[index] for index in indices]
+        chosen.targets = [self.targets[index] for index in indices]
+        return chosen
 
     def lengths(self) -> list[int]:
         """Tokens of each row, source and target together."""
@@ -80,7 +91,9 @@ class BucketSampler(Sampler[tuple[int, int]]):
         bucket: sort each 50 batches by length and shuffle the batches; False is a plain shuffle.
     """
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, bucket: bool = True) -> None:
+    def __init__(
+        self, lengths: Sequence[int], batch_size: int, seed: int, bucket: bool = True
+    ) -> None:
         self.lengths = lengths
         self.batch_size = batch_size
         self.seed = seed
@@ -107,7 +120,8 @@ class BucketSampler(Sampler[tuple[int, int]]):
         for start in range(0, len(order), size):
             mega = sorted(order[start : start + size], key=lambda index: self.lengths[index])
             batches += [mega[i : i + self.batch_size] for i in range(0, len(mega), self.batch_size)]
-        # Only a batch at the end may be short: elsewhere it would shift the borders of all that follow.
+        # Only a batch at the end may be short: elsewhere it would shift the borders of all that
+        # follow.
         short = [batch for batch in batches if len(batch) < self.batch_size]
         whole = [batch for batch in batches if len(batch) == self.batch_size]
         rng.shuffle(whole)
@@ -119,7 +133,8 @@ def length_rule(
 ) -> tuple[float, int]:
     """(ratio, margin) such that ceil(ratio * source) + margin covers a `quantile` of the targets.
 
-    Lengths are in tokens with the special ones. The ratio is the median of target/source, the margin the given
+    Lengths are in tokens with the special ones. The ratio is the median of target/source, the
+    margin the given
     quantile of what that leaves over: short sources need more room in proportion than long ones.
 
     Raises:

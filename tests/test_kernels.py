@@ -52,7 +52,8 @@ def test_chunked_scan_in_float32_stays_close_for_extreme_steps():
     for scale in (1e-4, 30.0):  # nearly no decay, and exp(-60) per step
         scaled = [inputs[0], inputs[1] * scale, *inputs[2:]]
         want, _ = reference.ssd_scan(*scaled, direction="bidirectional")
-        got = ssd.ssd_scan(*[t.float() for t in scaled], chunk_size=CHUNK, direction="bidirectional")
+        low = [tensor.float() for tensor in scaled]
+        got = ssd.ssd_scan(*low, chunk_size=CHUNK, direction="bidirectional")
         assert relative(got.y, want) < 1e-5
 
 

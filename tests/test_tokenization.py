@@ -1,4 +1,4 @@
-"""The trained tokenizer gives every text back, the layout keeps `</s>`, and unfit tokenizers are refused."""
+"""A trained tokenizer gives every text back; layouts keep `</s>`; unfit tokenizers are refused."""
 
 import subprocess
 import sys
@@ -8,7 +8,11 @@ import pytest
 from tess import tokenization
 from tess.errors import UserError
 
-TEXTS = ["The cat sat on the mat .", "A dog ran after the cat and the cat ran away .", "naïve café, 東京 🙂"] * 3
+TEXTS = [
+    "The cat sat on the mat .",
+    "A dog ran after the cat and the cat ran away .",
+    "naïve café, 東京 🙂",
+] * 3
 
 
 @pytest.fixture(scope="module")
@@ -17,14 +21,28 @@ def tokenizer():
 
 
 def test_special_tokens_have_the_fixed_ids(tokenizer):
-    assert tokenizer.convert_tokens_to_ids(["<pad>", "<s>", "</s>", "<unk>", "<mask>"]) == [0, 1, 2, 3, 4]
+    assert tokenizer.convert_tokens_to_ids(["<pad>", "<s>", "</s>", "<unk>", "<mask>"]) == [
+        0,
+        1,
+        2,
+        3,
+        4,
+    ]
     assert (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1, 2)
     assert (tokenizer.unk_token_id, tokenizer.mask_token_id) == (3, 4)
 
 
 @pytest.mark.parametrize(
     "text",
-    ["plain", "  spaces  and\ttabs\n", "naïve café", "東京 🙂 \u200d", "\x00\x7f", "it 's <s> no </s> special <pad>", "a ."],
+    [
+        "plain",
+        "  spaces  and\ttabs\n",
+        "naïve café",
+        "東京 🙂 \u200d",
+        "\x00\x7f",
+        "it 's <s> no </s> special <pad>",
+        "a .",
+    ],
 )
 def test_every_text_comes_back(tokenizer, text):
     (ids,) = tokenization.encode_texts(tokenizer, [text])
@@ -36,7 +54,9 @@ def test_round_trip_survives_saving(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     loaded = tokenization.load_tokenizer(tmp_path, vocab_size=300)
     for text in TEXTS + ["x </s> y ."]:
-        assert tokenization.encode_texts(loaded, [text]) == tokenization.encode_texts(tokenizer, [text])
+        assert tokenization.encode_texts(loaded, [text]) == tokenization.encode_texts(
+            tokenizer, [text]
+        )
         assert tokenization.decode(loaded, tokenization.encode_target(loaded, text)) == text
 
 
@@ -46,7 +66,9 @@ def test_training_is_deterministic_across_processes(tokenizer):
         f"print(train_tokenizer({TEXTS!r}, 300).backend_tokenizer.to_str())"
     )
     others = [
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
         for _ in range(2)
     ]
     assert others == [tokenizer.backend_tokenizer.to_str()] * 2

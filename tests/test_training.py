@@ -1,4 +1,4 @@
-"""Runs of scripts/train.py's machinery: learning, exact resuming, settings, safe saving, bad input."""
+"""Training runs: learning, exact resuming, settings, safe saving, bad input."""
 
 import json
 import shutil
@@ -56,7 +56,11 @@ def run(tmp_path, name="run", **changes):
     path.write_text(yaml.safe_dump(config))
     final = train(parse_settings([str(path)]))
     checkpoints = sorted(final.parent.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
-    history = json.loads((checkpoints[-1] / "trainer_state.json").read_text())["log_history"] if checkpoints else []
+    history = (
+        json.loads((checkpoints[-1] / "trainer_state.json").read_text())["log_history"]
+        if checkpoints
+        else []
+    )
     return final, {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
 
 
@@ -65,8 +69,17 @@ def run(tmp_path, name="run", **changes):
     [
         {},
         {"objective": "ar"},
-        {"conditional_generation": "seq2seq,ul2,text_infilling", "pad_loss_weight": 0.1, "canvas": "rule"},
-        {"gradient_accumulation_steps": 2, "ema_decay": 0.9, "eval_strategy": "steps", "eval_steps": 2},
+        {
+            "conditional_generation": "seq2seq,ul2,text_infilling",
+            "pad_loss_weight": 0.1,
+            "canvas": "rule",
+        },
+        {
+            "gradient_accumulation_steps": 2,
+            "ema_decay": 0.9,
+            "eval_strategy": "steps",
+            "eval_steps": 2,
+        },
     ],
     ids=["tess", "ar", "mixture", "accumulation and average"],
 )
@@ -104,8 +117,9 @@ def test_a_finished_run_is_not_trained_again(tmp_path, capsys):
 @pytest.mark.parametrize("objective", ["tess", "ar"])
 def test_the_loss_falls_and_the_result_generates(tmp_path, objective, capsys):
     final, losses = run(
-        tmp_path, objective=objective, max_steps=40, learning_rate=1e-2, save_strategy="steps", save_steps=40,
-        max_train_samples=8, num_samples_to_print=1, eval_strategy="steps", eval_steps=20, num_inference_steps=2,
+        tmp_path, objective=objective, max_steps=40, learning_rate=1e-2, save_strategy="steps",
+        save_steps=40, max_train_samples=8, num_samples_to_print=1, eval_strategy="steps",
+        eval_steps=20, num_inference_steps=2,
     )  # fmt: skip
     assert losses[40] < losses[1] - 1
     output = capsys.readouterr().out
@@ -129,11 +143,30 @@ def test_length_rule_follows_the_data(tmp_path):
 def test_weights_pass_between_the_decoders(tmp_path):
     ar, _ = run(tmp_path, "ar", objective="ar", max_steps=1)
     tess, _ = run(tmp_path, "tess", max_steps=1, learning_rate=0.0, init_from=str(ar), **NO_SIZES)
-    back, _ = run(tmp_path, "back", objective="ar", max_steps=1, learning_rate=0.0, init_from=str(tess), **NO_SIZES)
+    again, _ = run(
+        tmp_path, "again", max_steps=1, learning_rate=0.0, init_from=str(tess), **NO_SIZES
+    )
+    back, _ = run(
+        tmp_path,
+        "back",
+        objective="ar",
+        max_steps=1,
+        learning_rate=0.0,
+        init_from=str(tess),
+        **NO_SIZES,
+    )
     one, other = load_parts(ar).model, load_parts(back).model
-    assert load_parts(tess).model.config.simplex_value == 5.0
+    first, second = load_parts(tess).model, load_parts(again).model
+    configs = [json.loads((p / "denoiser" / "config.json").read_text()) for p in (tess, again)]
+    assert configs[0] == configs[1]
+    assert str(tmp_path) not in "".join(
+        path.read_text() for path in tmp_path.glob("*/final/**/*.json")
+    )
+    assert torch.equal(first.time_embedding.weight, second.time_embedding.weight)
     for name, tensor in one.state_dict().items():
-        if "e_score_correction_bias" not in name:  # balanced in every step, whatever the learning rate
+        if (
+            "e_score_correction_bias" not in name
+        ):  # balanced in every step, whatever the learning rate
             assert torch.equal(tensor, other.state_dict()[name]), name
 
 
@@ -150,7 +183,12 @@ def test_saved_type_and_router_bias(tmp_path):
 
 def test_bf16_autocast_trains(tmp_path):
     final, losses = run(
-        tmp_path, max_steps=3, bf16=True, self_conditioning_probability=1.0, save_strategy="steps", save_steps=3
+        tmp_path,
+        max_steps=3,
+        bf16=True,
+        self_conditioning_probability=1.0,
+        save_strategy="steps",
+        save_steps=3,
     )
     assert len(losses) == 3 and load_parts(final).model.dtype == torch.float32
 
@@ -158,25 +196,54 @@ def test_bf16_autocast_trains(tmp_path):
 def test_a_text_file_trains_without_sources(tmp_path):
     path = tmp_path / "texts.txt"
     path.write_text("one line of text\nanother line of text\n" * 4)
-    data = {"task": None, "train_file": ["texts.txt"], "data_root": str(tmp_path), "vocab_size": 270}
+    data = {
+        "task": None,
+        "train_file": ["texts.txt"],
+        "data_root": str(tmp_path),
+        "vocab_size": 270,
+    }
     final, _ = run(tmp_path, max_steps=2, conditional_generation="ul2_with_unconditional", **data)
     assert load_parts(final).model.config.target_length_ratio is None
+
+
+def test_the_best_checkpoint_is_kept_and_becomes_the_result(tmp_path):
+    # The rate is absurd after the first step, so the first checkpoint is the best one.
+    final, _ = run(
+        tmp_path, max_steps=6, save_strategy="steps", eval_strategy="steps", save_steps=2,
+        eval_steps=2, learning_rate=30.0, warmup_steps=100, load_best_model_at_end=True,
+        metric_for_best_model="loss",
+        save_total_limit=2,
+    )  # fmt: skip
+    names = sorted(path.name for path in final.parent.glob("checkpoint-*"))
+    assert names == ["checkpoint-2", "checkpoint-6"]
+    state = json.loads((final.parent / "checkpoint-6" / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == str(final.parent / "checkpoint-2")
+    one, other = load_parts(final).model, load_parts(final.parent / "checkpoint-2").model
+    assert torch.equal(one.backbone.embeddings.weight, other.backbone.embeddings.weight)
 
 
 # Settings
 
 
 def test_flags_win_over_the_file_and_json_is_read_too(tmp_path):
-    config = {"output_dir": str(tmp_path), "task": "simplification", "train_tokenizer": True, "max_steps": 5}
+    config = {
+        "output_dir": str(tmp_path),
+        "task": "simplification",
+        "train_tokenizer": True,
+        "max_steps": 5,
+    }
     (tmp_path / "c.json").write_text(json.dumps(config | {"learning_rate": 1e-3}))
-    settings = parse_settings([str(tmp_path / "c.json"), "--max_steps", "7", "--bf16", "true", "--use_cpu"])
+    settings = parse_settings(
+        [str(tmp_path / "c.json"), "--max_steps", "7", "--bf16", "true", "--use_cpu"]
+    )
     assert (settings.training.max_steps, settings.training.learning_rate) == (7, 1e-3)
     assert settings.training.bf16 and settings.model.train_tokenizer
 
 
 def test_yaml_numbers_without_a_point_are_numbers(tmp_path):
     (tmp_path / "c.yaml").write_text(
-        f"output_dir: {tmp_path}\ntask: simplification\ntrain_tokenizer: yes\nlearning_rate: 1e-4\ntrain_file: []\n"
+        f"output_dir: {tmp_path}\ntask: simplification\ntrain_tokenizer: yes\n"
+        "learning_rate: 1e-4\ntrain_file: []\n"
     )
     assert parse_settings([str(tmp_path / "c.yaml")]).training.learning_rate == 1e-4
 
@@ -185,7 +252,7 @@ def test_yaml_numbers_without_a_point_are_numbers(tmp_path):
     ("changes", "message"),
     [
         ({"learning_rat": 1}, "no key 'learning_rat'; did you mean learning_rate"),
-        ({"learning_rate": "fast"}, "learning_rate: invalid float value: 'fast'"),
+        ({"learning_rate": "fast"}, ": invalid float value: 'fast'"),
         ({"objective": "mask"}, "invalid choice: 'mask'"),
         ({"task": "translation"}, "unknown task 'translation'; known are"),
         ({"task": None}, "either --task or --train_file"),
@@ -200,7 +267,10 @@ def test_yaml_numbers_without_a_point_are_numbers(tmp_path):
         ({"mamba_direction": "sideways"}, "mamba_direction must be one of"),
         ({"beta_schedule": "linearr"}, "unknown beta_schedule 'linearr'"),
         ({"self_conditioning": "logits_median"}, "self_conditioning must be one of"),
-        ({"train_tokenizer": False, "init_from": "nowhere"}, "--head_dim is fixed by the checkpoint"),
+        (
+            {"train_tokenizer": False, "init_from": "nowhere"},
+            "--chunk_size is fixed by the checkpoint",
+        ),
     ],
 )
 def test_bad_settings_are_one_sentence(tmp_path, changes, message):
@@ -227,7 +297,7 @@ def test_unknown_flag_and_missing_file_name_the_problem(tmp_path):
 
 def test_vocabulary_mismatch_is_refused(tmp_path):
     train_tokenizer(["a b c"] * 5, 262).save_pretrained(tmp_path / "tokenizer")
-    with pytest.raises(UserError, match=r"the tokenizer has 26\d ids and --vocab_size is 300"):
+    with pytest.raises(UserError, match=r"the tokenizer has 26\d ids, --vocab_size is 300"):
         run(tmp_path, train_tokenizer=False, tokenizer=str(tmp_path / "tokenizer"))
 
 
@@ -253,11 +323,16 @@ def test_a_full_disk_leaves_the_previous_checkpoint_loadable(tmp_path, monkeypat
 
     monkeypatch.setattr(torch, "save", full)
     changes = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
-    with pytest.raises(UserError, match="could not save .*checkpoint-4 .*earlier checkpoints are untouched"):
+    with pytest.raises(
+        UserError, match="could not save .*checkpoint-4 .*earlier checkpoints are untouched"
+    ):
         run(tmp_path, **changes)
     monkeypatch.undo()
     assert any("optimizer" in file for file in calls)
-    assert [p.name for p in sorted((tmp_path / "run").iterdir())] == ["checkpoint-2", "settings.json"]
+    assert [p.name for p in sorted((tmp_path / "run").iterdir())] == [
+        "checkpoint-2",
+        "settings.json",
+    ]
     load_parts(tmp_path / "run" / "checkpoint-2")
     _, losses = run(tmp_path, **changes)
     assert sorted(losses) == [1, 2, 3, 4, 5, 6]
@@ -283,7 +358,11 @@ def test_missing_and_unknown_tensors_are_refused_by_name(tmp_path, objective):
     weights = next(final.rglob("model.safetensors"))
     tensors = load_file(weights)
     first = next(name for name in tensors if name.endswith("in_proj.weight"))
-    save_file({("stranger" if n == first else n): t for n, t in tensors.items()}, weights, {"format": "pt"})
+    save_file(
+        {("stranger" if n == first else n): t for n, t in tensors.items()},
+        weights,
+        {"format": "pt"},
+    )
     with pytest.raises(UserError, match="in_proj.weight|stranger"):
         load_parts(final)
     weights.write_bytes(weights.read_bytes()[:100])

@@ -1,0 +1,126 @@
+"""A new run's tokenizer, model and scheduler: from the settings alone, or from a checkpoint."""
+
+import logging
+from typing import Any
+
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+
+from tess.arguments import SMALL_BACKBONE, Settings
+from tess.backbones.config import HybridConfig
+from tess.backbones.hybrid import HybridForCausalLM
+from tess.collators import objective_names
+from tess.config import TessConfig
+from tess.denoiser import TessDenoiser
+from tess.errors import UserError
+from tess.saving import Parts, copy_weights, load_parts
+from tess.schedulers.renoising import RenoisingScheduler
+from tess.tokenization import check_tokenizer, load_tokenizer, source_layout, train_tokenizer
+from tess.training_data import TokenRows, length_rule
+from tess.training_texts import Texts
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_VOCAB_SIZE = 4096
+
+
+def build_parts(settings: Settings, texts: Texts) -> Parts:
+    """Tokenizer, model and scheduler of a new run."""
+    if settings.model.init_from:
+        given = load_parts(settings.model.init_from)
+        return _adapted(settings, given)
+    tokenizer = _tokenizer(settings, texts)
+    ids = {
+        name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")
+    }
+    fields = SMALL_BACKBONE | _direction(settings) | settings.model.backbone_overrides()
+    backbone = HybridConfig(**(fields | ids | {"vocab_size": len(tokenizer)}))
+    if settings.model.objective == "ar":
+        return Parts(HybridForCausalLM(backbone), tokenizer)
+    config = TessConfig(backbone_config=backbone, **_denoiser_fields(settings))
+    return Parts(TessDenoiser(config), tokenizer, _scheduler(settings, config))
+
+
+def _tokenizer(settings: Settings, texts: Texts) -> PreTrainedTokenizerBase:
+    size = settings.model.vocab_size
+    if settings.model.train_tokenizer:
+        lines = (text for row in texts for text in row if text is not None)
+        return train_tokenizer(lines, size or DEFAULT_VOCAB_SIZE)
+    tokenizer = load_tokenizer(settings.model.tokenizer, size)
+    if size is not None and len(tokenizer) != size:
+        raise UserError(
+            f"vocabulary mismatch: the tokenizer has {len(tokenizer)} ids, --vocab_size is {size}"
+        )
+    return tokenizer
+
+
+def _direction(settings: Settings) -> dict[str, str]:
+    return {"mamba_direction": "forward" if settings.model.objective == "ar" else "bidirectional"}
+
+
+def _denoiser_fields(settings: Settings) -> dict[str, Any]:
+    data = settings.data
+    lengths = {name: getattr(data, name) for name in ("max_source_length", "max_target_length")}
+    return {
+        "pad_loss_weight": settings.diffusion.pad_loss_weight,
+        **lengths,
+        **settings.diffusion.denoiser_overrides(),
+    }
+
+
+def _scheduler(settings: Settings, config: TessConfig) -> RenoisingScheduler:
+    return RenoisingScheduler(
+        num_train_timesteps=settings.diffusion.num_diffusion_steps,
+        simplex_value=config.simplex_value,
+        beta_schedule=settings.diffusion.beta_schedule,
+        cosine_s=settings.diffusion.cosine_s,
+    )
+
+
+def _adapted(settings: Settings, given: Parts) -> Parts:
+    """The model of this run with the weights of another one, of either kind."""
+    check_tokenizer(given.tokenizer, given.model.config.vocab_size)
+    was = given.model.config
+    backbone = was if isinstance(was, HybridConfig) else was.backbone_config
+    backbone = HybridConfig(**(_fields(backbone) | settings.model.backbone_overrides()))
+    if settings.model.objective == "ar":
+        parts = Parts(HybridForCausalLM(backbone), given.tokenizer)
+    else:
+        fields = _fields(was) if isinstance(was, TessConfig) else {}
+        fields |= {"backbone_config": backbone} | _denoiser_fields(settings)
+        config = TessConfig(**fields)
+        parts = Parts(TessDenoiser(config), given.tokenizer, _scheduler(settings, config))
+    new, unused = copy_weights(given.model, parts.model)
+    for what, names in (("starts untrained", new), ("is not used", unused)):
+        if names:
+            logger.warning("of %s, %s %s", settings.model.init_from, ", ".join(names), what)
+    return parts
+
+
+def _fields(config: PreTrainedConfig) -> dict[str, Any]:
+    """A config's settings, without where it was loaded from: a saved folder must not name that."""
+    history = ("_name_or_path", "architectures", "dtype", "transformers_version")
+    return {name: value for name, value in config.to_dict().items() if name not in history}
+
+
+def store_limits(parts: Parts, settings: Settings, rows: TokenRows) -> None:
+    """Put the default lengths for generation where each kind of checkpoint keeps them."""
+    data, diffusion, tokenizer = settings.data, settings.diffusion, parts.tokenizer
+    tokenizer.model_max_length = data.max_source_length
+    if parts.scheduler is None:
+        config = parts.model.config
+        parts.model.generation_config = GenerationConfig(
+            max_new_tokens=data.max_target_length,
+            pad_token_id=config.pad_token_id,
+            bos_token_id=config.bos_token_id,
+            eos_token_id=config.eos_token_id,
+        )
+    elif "seq2seq" in objective_names(data.conditional_generation):
+        # Without pads in its canvases a model has learnt that the text ends where the canvas does.
+        quantile = diffusion.length_quantile or (0.99 if diffusion.pad_loss_weight else 0.5)
+        sources = [
+            len(source_layout(tokenizer, ids, data.max_source_length)) for ids in rows.sources
+        ]
+        targets = [min(len(ids) + 1, data.max_target_length) for ids in rows.targets]
+        ratio, margin = length_rule(sources, targets, quantile)
+        parts.model.config.target_length_ratio = ratio
+        parts.model.config.target_length_margin = margin

@@ -1,0 +1,187 @@
+"""The losses: what is noised, what is weighed, what gets a gradient."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tess.backbones.config import HybridConfig
+from tess.backbones.hybrid import HybridForCausalLM
+from tess.config import TessConfig
+from tess.denoiser import TessDenoiser
+from tess.errors import UserError
+from tess.objectives import ar_loss, sample_timesteps, tess_loss, weighted_cross_entropy
+from tess.schedulers.renoising import RenoisingScheduler
+
+BOS, EOS, V = 1, 2, 40
+SIZES = {
+    "vocab_size": V, "hybrid_override_pattern": "M*E-", "hidden_size": 32,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "intermediate_size": 32,
+    "ssm_state_size": 8, "mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 1,
+    "chunk_size": 8, "n_routed_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16,
+    "moe_shared_expert_intermediate_size": 16, "tie_word_embeddings": True,
+}  # fmt: skip
+SCHEDULER = RenoisingScheduler()
+
+
+def denoiser(**settings):
+    torch.manual_seed(0)
+    return TessDenoiser(
+        TessConfig(
+            backbone_config=HybridConfig(**SIZES, mamba_direction="bidirectional"), **settings
+        )
+    )
+
+
+def causal():
+    torch.manual_seed(0)
+    return HybridForCausalLM(HybridConfig(**SIZES)).eval()
+
+
+def pairs():
+    """Sources of 3 and 5 tokens, targets of 6 and 4."""
+    source = torch.tensor([[0, 0, BOS, 11, EOS], [BOS, 12, 13, 14, EOS]])
+    target = torch.tensor([[21, 22, 23, 24, 25, EOS], [31, 32, 33, EOS, 0, 0]])
+    mask = (target != 0).long()
+    return {
+        "source_ids": source, "source_mask": (source != 0).long(), "target_ids": target,
+        "target_mask": mask, "noise_mask": mask, "loss_weights": mask.float(),
+    }  # fmt: skip
+
+
+def test_times_are_uniform_and_stratified_in_random_order():
+    times = torch.stack([sample_timesteps(8) for _ in range(400)])
+    assert (times > 0).all() and (times <= 1).all()
+    parts = (times * 8).ceil().sort(dim=1).values
+    assert torch.equal(parts, torch.arange(1.0, 9).expand_as(parts))
+    assert times[:, 0].mean() == pytest.approx(0.5, abs=0.05)
+    assert sample_timesteps(4000, stratified=False).mean() == pytest.approx(0.5, abs=0.03)
+
+
+def test_weighted_mean_is_the_mean_over_weighted_tokens():
+    logits, ids = torch.randn(2, 3, V), torch.randint(V, (2, 3))
+    weights = torch.tensor([[1.0, 0.5, 0.0], [0.0, 0.0, 2.0]])
+    want = (
+        sum(
+            weights[b, i] * -logits[b, i].log_softmax(-1)[ids[b, i]]
+            for b in range(2)
+            for i in range(3)
+        )
+        / weights.sum()
+    )
+    assert weighted_cross_entropy(logits, ids, weights) == pytest.approx(want.item(), rel=1e-6)
+
+
+def test_padding_does_not_change_the_loss():
+    model, batch = denoiser().eval(), pairs()
+
+    def loss(batch):
+        with pytest.MonkeyPatch.context() as patch:
+            # Noise that is the same at the same (example, position, token), whatever the width.
+            torch.manual_seed(3)
+            noise = torch.randn(2, 9, V)
+            patch.setattr(torch, "randn", lambda b, length, v, device=None: noise[:b, :length])
+            torch.manual_seed(4)
+            return tess_loss(model, SCHEDULER, batch).item()
+
+    wider = {name: F.pad(t, (3, 0) if "source" in name else (0, 3)) for name, t in batch.items()}
+    assert loss(wider) == pytest.approx(loss(batch), rel=1e-5)
+
+
+def test_clean_context_is_seen_and_not_weighed():
+    model, batch = denoiser().eval(), pairs()
+    batch["noise_mask"] = batch["target_mask"].clone()
+    batch["noise_mask"][0, :3] = 0
+    batch["loss_weights"] = batch["noise_mask"].float()
+
+    def loss(first_id):
+        batch["target_ids"][0, 0] = first_id
+        torch.manual_seed(0)
+        return tess_loss(model, SCHEDULER, batch, self_conditioning_probability=0.0).item()
+
+    assert loss(21) == loss(21)
+    assert loss(21) != loss(22)  # the context is read
+
+
+@pytest.mark.parametrize("encoding", ["causal", "bidirectional", "joint"])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_every_weight_learns_also_after_a_first_pass(encoding, bf16):
+    model = denoiser(source_encoding=encoding).train()
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        tess_loss(model, SCHEDULER, pairs(), self_conditioning_probability=1.0).backward()
+    without = [
+        name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0
+    ]
+    # With one expert per token the normalised router weight is a constant.
+    assert [name for name in without if "gate.weight" not in name] == []
+
+
+def test_the_first_pass_has_no_gradient_and_matters():
+    model, batch = denoiser(), pairs()
+    losses = []
+    for probability in (0.0, 1.0):
+        torch.manual_seed(0)
+        losses.append(
+            tess_loss(model, SCHEDULER, batch, self_conditioning_probability=probability).item()
+        )
+    assert losses[0] != losses[1]
+    plain = denoiser(self_conditioning=None)
+    torch.manual_seed(0)
+    calls = []
+    plain.register_forward_hook(lambda *_: calls.append(1))
+    tess_loss(plain, SCHEDULER, batch, self_conditioning_probability=1.0)
+    assert len(calls) == 1
+
+
+def test_dropped_sources_are_the_empty_source():
+    model, batch = denoiser().eval(), pairs()
+
+    def loss(**changes):
+        torch.manual_seed(0)
+        return tess_loss(model, SCHEDULER, batch | changes, source_drop_probability=1.0).item()
+
+    assert loss() == loss(source_ids=batch["source_ids"].clamp(max=11))
+    torch.manual_seed(0)
+    assert loss() != tess_loss(model, SCHEDULER, batch).item()
+
+
+def test_ar_loss_is_the_mean_over_target_tokens_one_row_at_a_time():
+    model, batch = causal(), pairs()
+    total, count = 0.0, 0
+    for b in range(2):
+        source = batch["source_ids"][b][batch["source_mask"][b] == 1]
+        target = batch["target_ids"][b][batch["target_mask"][b] == 1]
+        ids = torch.cat([source, target])[None]
+        logits = model(input_ids=ids).logits[0, len(source) - 1 : -1]
+        total += F.cross_entropy(logits, target, reduction="sum").item()
+        count += len(target)
+    assert ar_loss(model, batch).item() == pytest.approx(total / count, rel=1e-5)
+
+
+def test_ar_loss_without_source_predicts_every_token():
+    model, batch = causal(), pairs()
+    batch = {name: t for name, t in batch.items() if "source" not in name}
+    bos = torch.full((2, 1), BOS)
+    with_bos = batch | {"source_ids": bos, "source_mask": torch.ones_like(bos)}
+    assert ar_loss(model, batch).item() == pytest.approx(ar_loss(model, with_bos).item(), rel=1e-6)
+
+
+def test_ar_loss_refuses_infilling_in_place():
+    batch = pairs()
+    batch["noise_mask"] = torch.zeros_like(batch["target_mask"])
+    with pytest.raises(UserError, match="no autoregressive form"):
+        ar_loss(causal(), batch)
+
+
+@pytest.mark.parametrize("objective", ["tess", "ar"])
+def test_a_few_pairs_are_learnt(objective):
+    batch = pairs()
+    model = denoiser() if objective == "tess" else causal()
+    optimizer = torch.optim.Adam(model.train().parameters(), lr=1e-2)
+    losses = []
+    for _ in range(80):
+        loss = tess_loss(model, SCHEDULER, batch) if objective == "tess" else ar_loss(model, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[-10:]) / 10 < 0.4 * losses[0]

@@ -31,12 +31,12 @@ class Attention(nn.Module):
             projection(hidden_BLH).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        cached = context.cache.layers.get(self.layer_idx) if context.cache is not None else None
+        cached = context.incoming.get(self.layer_idx)
         if cached is not None:
             key = torch.cat([cached.keys.to(key.dtype), key], dim=2)
             value = torch.cat([cached.values.to(value.dtype), value], dim=2)
         if context.update_cache:
-            context.cache.layers[self.layer_idx] = KeyValues(key, value)
+            context.outgoing[self.layer_idx] = KeyValues(key, value)
         out = F.scaled_dot_product_attention(
             query, key, value,
             attn_mask=context.attention_mask,

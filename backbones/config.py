@@ -8,6 +8,7 @@ from transformers import PreTrainedConfig
 MIXERS = {"M": "mamba", "*": "attention", "-": "mlp", "E": "moe"}
 MAMBA_DIRECTIONS = ("forward", "bidirectional", "gated")
 
+FLOAT32_MAX = 3.4e38
 _LETTERS = {
     "mamba": "M", "linear_attention": "M", "attention": "*", "full_attention": "*",
     "mlp": "-", "moe": "E",
@@ -90,7 +91,7 @@ class HybridConfig(PreTrainedConfig):
     time_step_min: float = 0.001
     time_step_max: float = 0.1
     time_step_floor: float = 1e-4
-    time_step_limit: list[float] | tuple[float, ...] = (0.0, math.inf)
+    time_step_limit: list[float | int] | tuple[float | int, ...] = (0.0, math.inf)
 
     n_routed_experts: int = 8
     num_experts_per_tok: int = 2
@@ -103,6 +104,7 @@ class HybridConfig(PreTrainedConfig):
     topk_group: int = 1
 
     def __post_init__(self, **kwargs) -> None:
+        kwargs.pop("model_type", None)  # a released file says "nemotron_h"; the class is what it is
         for old, new in _OLD_NAMES.items():
             if old in kwargs:
                 setattr(self, new, kwargs.pop(old))
@@ -110,6 +112,10 @@ class HybridConfig(PreTrainedConfig):
         if blocks is not None:
             self.hybrid_override_pattern = pattern_from_blocks(blocks)
         kwargs.pop("num_hidden_layers", None)  # follows from the pattern
+        # released files write no upper limit as Infinity or as 1e308, which float32 cannot hold
+        self.time_step_limit = tuple(
+            math.inf if limit > FLOAT32_MAX else float(limit) for limit in self.time_step_limit
+        )
         super().__post_init__(**kwargs)
         self._check()
 

@@ -3,12 +3,13 @@
 Letters: B batch, L positions of the block, S cached positions.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from tess.backbones.cache import HybridCache
+from tess.backbones.cache import HybridCache, KeyValues, MambaState
 
 MODES = ("causal", "prefix", "denoise")
 
@@ -17,21 +18,26 @@ MODES = ("causal", "prefix", "denoise")
 class BlockContext:
     """Everything a mixer needs besides its input.
 
+    The incoming states are kept apart from the cache that is written: under gradient checkpointing
+    a layer runs again in the backward pass, and has to see what it saw the first time.
+
     Attributes:
         bidirectional: Mamba layers follow `mamba_direction` and attention is not causal.
-        cache: read when it holds something; None without one.
-        update_cache: mixers write the state after the block into the cache.
+        incoming: each layer's state before the block; empty without a cache.
+        update_cache: mixers leave the state after the block in `outgoing`.
+        outgoing: the states after the block, per layer.
         position_mask: [B, L] bool, False at padding of the block; None without padding.
         attention_mask: [B or 1, 1, L, S + L] bool for scaled_dot_product_attention, or None.
         is_causal: the plain causal triangle; then attention_mask is None.
     """
 
     bidirectional: bool
-    cache: HybridCache | None
+    incoming: Mapping[int, MambaState | KeyValues]
     update_cache: bool
     position_mask: Tensor | None
     attention_mask: Tensor | None
     is_causal: bool
+    outgoing: dict[int, MambaState | KeyValues] = field(default_factory=dict)
 
 
 def make_context(
@@ -64,7 +70,7 @@ def make_context(
     )
     return BlockContext(
         bidirectional=bidirectional,
-        cache=cache,
+        incoming={} if cache is None else dict(cache.layers),
         update_cache=update_cache,
         position_mask=position_mask,
         attention_mask=mask,

@@ -41,14 +41,20 @@ class Router(nn.Module):
             "scaling": config.routed_scaling_factor,
         }
 
-    def forward(self, hidden_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """Expert ids [T, S] and weights [T, S] float32; scores are float32 under autocast too."""
+    def forward(
+        self, hidden_TD: Tensor, real_T: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Expert ids [T, S] and weights [T, S] float32; scores are float32 under autocast too.
+
+        `real_T` is False at padding, which does not count as load; None: no padding.
+        """
         with torch.autocast(hidden_TD.device.type, enabled=False):
             logits = nn.functional.linear(hidden_TD.float(), self.weight.float())
             ids, weights = route_tokens(logits, self.e_score_correction_bias.float(), **self.choice)
         if self.training:
             with torch.no_grad():
-                self.load += torch.bincount(ids.flatten(), minlength=self.load.numel())
+                counted = ids if real_T is None else ids[real_T]
+                self.load += torch.bincount(counted.flatten(), minlength=self.load.numel())
         return ids, weights
 
     @torch.no_grad()
@@ -99,7 +105,8 @@ class MixtureOfExperts(nn.Module):
     def forward(self, hidden: Tensor, context: BlockContext | None = None) -> Tensor:
         """[..., hidden] -> [..., hidden]; every token is routed on its own."""
         flat_TD = hidden.flatten(0, -2)
-        ids, weights = self.gate(flat_TD)
+        mask = None if context is None else context.position_mask
+        ids, weights = self.gate(flat_TD, None if mask is None else mask.flatten())
         # the expert weights bypass nn.Linear, so autocast has to be asked what it would choose
         if torch.is_autocast_enabled(flat_TD.device.type):
             flat_TD = flat_TD.to(torch.get_autocast_dtype(flat_TD.device.type))

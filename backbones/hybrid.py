@@ -12,7 +12,6 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     GenerationMixin,
-    PreTrainedModel,
     initialization,
 )
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
@@ -26,6 +25,7 @@ from tess.backbones.config import HybridConfig
 from tess.backbones.context import BlockContext, make_context
 from tess.backbones.feedforward import MLP, MixtureOfExperts, Router, StackedExperts
 from tess.backbones.mamba import Mamba2Mixer
+from tess.backbones.pretrained import StrictPreTrainedModel
 from tess.kernels.norms import rms_norm
 
 # released files hold one tensor per expert, the grouped products want them stacked
@@ -79,7 +79,7 @@ class HybridBlock(GradientCheckpointingLayer):
         return hidden_BLH + self.mixer(self.norm(hidden_BLH), context)
 
 
-class HybridPreTrainedModel(PreTrainedModel):
+class HybridPreTrainedModel(StrictPreTrainedModel):
     """Loading, saving and initialisation shared by the classes below."""
 
     config_class = HybridConfig
@@ -185,6 +185,7 @@ class HybridModel(HybridPreTrainedModel):
         for layer in self.layers:
             hidden = layer(hidden, context)
         if context.update_cache:
+            past_key_values.layers = dict(context.outgoing)
             past_key_values.extend_mask(
                 context.position_mask, hidden.shape[0], hidden.shape[1], hidden.device
             )

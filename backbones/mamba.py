@@ -58,9 +58,7 @@ class Mamba2Mixer(nn.Module):
 
     def forward(self, hidden_BLH: Tensor, context: BlockContext) -> Tensor:
         """Mix positions of a block [B, L, hidden], from the cached state if there is one."""
-        state = None
-        if context.cache is not None:
-            state = context.cache.layers.get(self.layer_idx)
+        state = context.incoming.get(self.layer_idx)
         gate_BLI, conv_in_BLD, dt_BLH = self.in_proj(hidden_BLH).split(
             [self.inner, self.conv_dim, self.heads], dim=-1
         )
@@ -74,7 +72,7 @@ class Mamba2Mixer(nn.Module):
 
         y_BLI, new_state = self._mix(conv_in_BLD, dt_BLH, state, context)
         if context.update_cache:
-            context.cache.layers[self.layer_idx] = new_state
+            context.outgoing[self.layer_idx] = new_state
         return self.out_proj(self.norm(y_BLI, gate_BLI))
 
     def _mix(

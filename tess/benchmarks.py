@@ -78,8 +78,8 @@ def benchmark_backbone(
 
     torch.manual_seed(seed)
     options = HIDDEN_256 | {"hybrid_override_pattern": pattern}
-    rival = NemotronHModel(NemotronHConfig(**options, chunk_size=CHUNK_RIVAL))
     ours = HybridModel(HybridConfig(**options, chunk_size=CHUNK_OURS))
+    rival = NemotronHModel(NemotronHConfig(**options, chunk_size=CHUNK_RIVAL))
     ours.load_state_dict(rival.state_dict())
     for module in rival.modules():
         if hasattr(module, "time_step_limit"):

@@ -3,22 +3,27 @@
 # B examples, S source positions, L target positions, V vocabulary, H hidden
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.utils import ModelOutput, logging
+from transformers import PreTrainedModel, initialization  # noqa: F401  diffusers looks for the base class here
+from transformers.utils import ModelOutput
 
 from tess.backbones.cache import HybridCache
 from tess.backbones.hybrid import HybridModel, init_hybrid_weights
+from tess.backbones.pretrained import StrictPreTrainedModel
 from tess.config import TessConfig
-from tess.errors import UserError
 from tess.schedulers.simplex import NoisedSimplex
 from tess.self_conditioning import SelfConditioning
 
-NAMES_SHOWN = 5
+POSITION_SCALE = 0.6
+"""Initial size of position embeddings, in that of word embeddings. At 1 they drown the soft word
+embeddings, whose likeliest token has a third of the mass at best, and training stalls."""
+
+
+class PositionEmbedding(nn.Embedding):
+    """Learned absolute positions."""
 
 
 @dataclass
@@ -29,7 +34,7 @@ class DenoiserOutput(ModelOutput):
     last_hidden_state: Tensor | None = None
 
 
-class TessDenoiser(PreTrainedModel):
+class TessDenoiser(StrictPreTrainedModel):
     """Predicts the clean target from its noised simplex, a time and the source (arXiv 2305.08379).
 
     The input of a noised position is softmax(x) W with the word embedding W, mixed with the
@@ -72,35 +77,9 @@ class TessDenoiser(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         init_hybrid_weights(module, self.config.backbone_config)
-
-    @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """`PreTrainedModel.from_pretrained`, but every tensor must be there, and no other.
-
-        Raises:
-            UserError: naming the missing, unknown or wrongly shaped tensors.
-        """
-        with_info = kwargs.pop("output_loading_info", False)
-        kwargs["ignore_mismatched_sizes"] = True  # reported below, in one sentence
-        verbosity = logging.get_verbosity()
-        logging.set_verbosity_error()  # its table of keys, which the error below replaces
-        try:
-            model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        finally:
-            logging.set_verbosity(verbosity)
-        problems = [
-            f"{word} {_name_some(info[key])}"
-            for word, key in (
-                ("lacks", "missing_keys"),
-                ("has unknown", "unexpected_keys"),
-                ("has wrongly shaped", "mismatched_keys"),
-            )
-            if info[key]
-        ]
-        if problems:
-            place = args[0] if args else kwargs.get("pretrained_model_name_or_path")
-            raise UserError(f"the checkpoint {place} does not fit: it {' and '.join(problems)}")
-        return (model, info) if with_info else model
+        if isinstance(module, PositionEmbedding):
+            std = POSITION_SCALE * self.config.initializer_range
+            initialization.normal_(module.weight, std=std)
 
     def encode_source(self, source_ids: Tensor, source_mask: Tensor | None) -> HybridCache | None:
         """Read the source once, for any number of denoising steps.
@@ -228,8 +207,8 @@ class TessDenoiser(PreTrainedModel):
         return hidden_BNH, torch.cat([source_mask, target_mask.to(source_mask)], dim=1)
 
 
-def _positions(count: int, width: int) -> nn.Embedding | None:
-    return nn.Embedding(count, width) if count else None
+def _positions(count: int, width: int) -> PositionEmbedding | None:
+    return PositionEmbedding(count, width) if count else None
 
 
 def _check_length(side: str, length: int, positions: nn.Embedding) -> None:
@@ -239,8 +218,3 @@ def _check_length(side: str, length: int, positions: nn.Embedding) -> None:
             f"{positions.num_embeddings}"
         )
 
-
-def _name_some(keys: Any) -> str:
-    names = sorted(str(key[0]) if isinstance(key, tuple) else str(key) for key in keys)
-    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
-    return ", ".join(names[:NAMES_SHOWN]) + more

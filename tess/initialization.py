@@ -36,8 +36,19 @@ def build_parts(settings: Settings, texts: Texts) -> Parts:
     backbone = HybridConfig(**(fields | ids | {"vocab_size": len(tokenizer)}))
     if settings.model.objective == "ar":
         return Parts(HybridForCausalLM(backbone), tokenizer)
-    config = TessConfig(backbone_config=backbone, **_denoiser_fields(settings))
+    config = TessConfig(
+        backbone_config=backbone, **(_new_positions(settings) | _denoiser_fields(settings))
+    )
     return Parts(TessDenoiser(config), tokenizer, _scheduler(settings, config))
+
+
+def _new_positions(settings: Settings) -> dict[str, int]:
+    # From pure noise all target positions look alike: without these a new model takes far longer
+    # to learn which source position a target position should copy (docs/experiments.md).
+    return {
+        "num_source_positions": settings.data.max_source_length,
+        "num_target_positions": settings.data.max_target_length,
+    }
 
 
 def _tokenizer(settings: Settings, texts: Texts) -> PreTrainedTokenizerBase:

@@ -124,30 +124,14 @@ def load_parts(folder: str | Path, dtype: torch.dtype = torch.float32) -> Parts:
                 scheduler=RenoisingScheduler.from_pretrained(folder / "scheduler"),
             )
         else:
-            parts = Parts(model=_load_causal(folder, dtype), tokenizer=load_tokenizer(folder))
+            model = HybridForCausalLM.from_pretrained(folder, dtype=dtype)
+            parts = Parts(model=model, tokenizer=load_tokenizer(folder))
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
         raise UserError(
             f"the checkpoint {folder} cannot be read: {' '.join(str(error).split())}"
         ) from error
     check_tokenizer(parts.tokenizer, parts.model.config.vocab_size)
     return parts
-
-
-def _load_causal(folder: Path, dtype: torch.dtype) -> HybridForCausalLM:
-    model, info = HybridForCausalLM.from_pretrained(
-        folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
-    )
-    for word, key in (
-        ("lacks", "missing_keys"),
-        ("has unknown", "unexpected_keys"),
-        ("has misshapen", "mismatched_keys"),
-    ):
-        if info[key]:
-            first = sorted(str(name) for name in info[key])[0]
-            raise UserError(
-                f"the checkpoint {folder} does not fit: it {word} {first} ({len(info[key])} in all)"
-            )
-    return model
 
 
 def copy_weights(source: torch.nn.Module, target: torch.nn.Module) -> tuple[list[str], list[str]]:

@@ -329,3 +329,66 @@ def test_a_wrong_call_says_what_is_wrong():
         model(ids(2, 4), past_key_values=cache, mode="prefix")
     with pytest.raises(ValueError, match="the cache holds 2 rows, the block has 3"):
         model(ids(3, 4), past_key_values=cache, mode="denoise")
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("source_mode", ["causal", "prefix"])
+def test_gradient_checkpointing_changes_no_gradient_through_the_cache(direction, source_mode):
+    model = make(direction).train()
+    grads = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        model.zero_grad()
+        cache = HybridCache()
+        model(ids(2, 9), past_key_values=cache, mode=source_mode)
+        model(ids(2, 6), past_key_values=cache, mode="denoise").last_hidden_state.sum().backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    for one, other in zip(*grads):
+        torch.testing.assert_close(one, other)
+    with pytest.raises(ValueError, match="use_reentrant=False"):
+        model.activation_checkpointing_enable({"use_reentrant": True})
+
+
+def test_padding_does_not_count_as_load_of_the_experts():
+    model, mask = make().train(), torch.ones(2, 10, dtype=torch.long)
+    mask[1, :6] = 0
+    model(ids(2, 10), attention_mask=mask)
+    assert model.layers[2].mixer.gate.load.sum() == 14 * 2
+
+
+def test_a_checkpoint_saved_by_transformers_loads_with_its_experts(tmp_path):
+    from transformers import NemotronHConfig, NemotronHForCausalLM
+
+    torch.manual_seed(0)
+    options = {name: value for name, value in OPTIONS.items() if name != "mamba_direction"}
+    oracle = NemotronHForCausalLM(NemotronHConfig(**options)).eval()
+    for module in oracle.modules():
+        if hasattr(module, "time_step_limit"):
+            module.time_step_limit = (0.0, float("inf"))
+    oracle.save_pretrained(tmp_path)
+    ours = HybridForCausalLM.from_pretrained(tmp_path).eval()
+    assert ours.config.model_type == "tess_hybrid"
+    with torch.no_grad():
+        want = oracle(ids(2, 9), use_cache=False).logits
+        assert relative(ours(ids(2, 9)).logits, want) < 1e-5
+
+
+def test_missing_and_unknown_tensors_are_refused_by_name(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    make(kind=HybridForCausalLM).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["backbone.stranger"] = tensors.pop("backbone.layers.1.mixer.q_proj.weight")
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    message = "lacks backbone.layers.1.mixer.q_proj.weight and has unknown backbone.stranger"
+    with pytest.raises(ValueError, match=message):
+        HybridForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("limit", [[0, 1e308], [0.0, float("inf")], [0, 3]])
+@torch.no_grad()
+def test_released_spellings_of_the_step_limit_run(limit):
+    model = make(time_step_limit=limit)
+    assert torch.isfinite(model(ids(1, 5)).last_hidden_state).all()
+    assert model.config.time_step_limit[1] == (3.0 if limit[1] == 3 else float("inf"))

@@ -244,7 +244,7 @@ def test_pipeline_with_a_broken_denoiser_is_refused_by_name(tokenizer, tmp_path)
     config = tmp_path / "denoiser" / "config.json"
     settings = json.loads(config.read_text()) | {"num_target_positions": 24}
     config.write_text(json.dumps(settings))
-    with pytest.raises(UserError, match="lacks target_positions.weight"):
+    with pytest.raises(ValueError, match="lacks target_positions.weight"):
         TessPipeline.from_pretrained(tmp_path)
 
 

@@ -1,0 +1,55 @@
+"""What our models add to transformers' loading: nothing may be missing, nothing unknown."""
+
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+NAMES_SHOWN = 5
+
+
+class StrictPreTrainedModel(PreTrainedModel):
+    """A `PreTrainedModel` whose checkpoints must fit exactly."""
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """`PreTrainedModel.from_pretrained`, but every tensor must be there, and no other.
+
+        Raises:
+            ValueError: naming the missing, unknown or wrongly shaped tensors.
+        """
+        with_info = kwargs.pop("output_loading_info", False)
+        kwargs["ignore_mismatched_sizes"] = True  # reported below, in one sentence
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()  # not transformers' table of the same
+        try:
+            model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        finally:
+            logging.set_verbosity(verbosity)
+        problems = [
+            f"{word} {_name_some(info[key])}"
+            for word, key in (
+                ("lacks", "missing_keys"),
+                ("has unknown", "unexpected_keys"),
+                ("has wrongly shaped", "mismatched_keys"),
+            )
+            if info[key]
+        ]
+        if problems:
+            place = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+            raise ValueError(f"the checkpoint {place} does not fit: it {' and '.join(problems)}")
+        return (model, info) if with_info else model
+
+    def _activation_checkpointing_enable(
+        self, options: dict[str, Any] | None = None, *args: Any, **kwargs: Any
+    ) -> None:
+        if (options or {}).get("use_reentrant"):
+            # it would drop the gradients that reach a layer through the cache, without a word
+            raise ValueError("gradient checkpointing needs use_reentrant=False here, got True")
+        super()._activation_checkpointing_enable(options, *args, **kwargs)
+
+
+def _name_some(keys: Any) -> str:
+    names = sorted(str(key[0]) if isinstance(key, tuple) else str(key) for key in keys)
+    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+    return ", ".join(names[:NAMES_SHOWN]) + more

@@ -1,0 +1,60 @@
+"""Training texts: kept apart from the evaluation rows, detokenised, cut or left out by length."""
+
+import json
+
+import pytest
+
+from tess.arguments import DataArguments
+from tess.errors import UserError
+from tess.tokenization import train_tokenizer
+from tess.training_data import TokenRows
+from tess.training_texts import load_data, without_long
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def pair(source, target):
+    return {"source": source, "target": target}
+
+
+def test_training_rows_that_share_a_text_with_the_evaluation_rows_are_left_out(tmp_path, caplog):
+    train = [
+        pair("A cat sat.", "Cat sat."),
+        pair("A dog ran.", "Dog ran."),
+        pair("Birds!", "a CAT sat"),  # an evaluation source as a target, but for case
+    ]
+    data = DataArguments(
+        train_file=[write(tmp_path / "train.jsonl", train)],
+        validation_file=[write(tmp_path / "eval.jsonl", [pair("A cat, sat", "It sat.")])],
+    )
+    train_texts, eval_texts = load_data(data, want_eval=True)
+    assert train_texts == [("A dog ran.", "Dog ran.")]
+    assert eval_texts == [("A cat, sat", "It sat.")]
+    assert "left out 2 training rows" in caplog.text
+
+
+def test_training_on_the_evaluation_rows_alone_is_refused(tmp_path):
+    file = write(tmp_path / "rows.jsonl", [pair("A cat sat.", "Cat sat.")])
+    with pytest.raises(UserError, match="every training row shares a text"):
+        load_data(DataArguments(train_file=[file], validation_file=[file]), want_eval=True)
+
+
+def test_detokenize_writes_both_sides(tmp_path):
+    rows = [pair("It is n't , he said .", "He 's here .")]
+    data = DataArguments(train_file=[write(tmp_path / "train.jsonl", rows)], detokenize=True)
+    assert load_data(data, want_eval=False)[0] == [("It isn't, he said.", "He's here.")]
+
+
+def test_long_pairs_are_dropped_when_asked():
+    texts = ["one two three", "one two three four five six seven eight"]
+    tokenizer = train_tokenizer(texts * 5, 300)
+    rows = TokenRows(tokenizer, texts, ["one", "two"], seed=0)
+    limit = len(rows.sources[0]) + 2
+    kept = without_long(rows, DataArguments(max_source_length=limit, max_target_length=9))
+    assert kept.sources == rows.sources[:1] and kept.targets == rows.targets[:1]
+    assert len(rows) == 2
+    with pytest.raises(UserError, match="every training row is longer"):
+        without_long(rows, DataArguments(max_source_length=3, max_target_length=9))

@@ -3,6 +3,7 @@
 # B examples, L positions, V vocabulary
 
 from dataclasses import dataclass, replace
+from numbers import Integral
 
 import torch
 from diffusers import ConfigMixin, SchedulerMixin
@@ -83,6 +84,8 @@ class RenoisingScheduler(SchedulerMixin, ConfigMixin):
     ) -> None:
         """Choose N sampling steps; `timesteps` becomes [N] float32: 1, (N-1)/N, ..., 1/N."""
         most = self.config.num_train_timesteps
+        if not isinstance(num_inference_steps, Integral):
+            raise ValueError(f"num_inference_steps must be an integer, got {num_inference_steps!r}")
         if not 1 <= num_inference_steps <= most:
             raise ValueError(
                 f"num_inference_steps must be from 1 to {most}, the number of training steps, "

@@ -1,4 +1,4 @@
-"""A re-noised one-hot simplex, kept as what it is made of: token ids, noise level, random key."""
+"""Noised simplices: kept as token ids, noise level and random key, or dense."""
 
 # B examples, L positions, V vocabulary, H width of the embedding
 
@@ -11,8 +11,36 @@ from torch import Tensor
 from tess.kernels import random
 
 
+class Simplex:
+    """What a denoiser reads of a noised simplex x."""
+
+    def logits(self) -> Tensor:
+        """x itself, [B, L, V] in float32."""
+        raise NotImplementedError
+
+    def probabilities(self) -> Tensor:
+        """softmax of the simplex over the vocabulary, [B, L, V] in float32."""
+        return self.logits().softmax(dim=-1)
+
+    def embedding(self, weight_VH: Tensor) -> Tensor:
+        """The expected embedding softmax(x) W, [B, L, H] in W's dtype; W receives gradients."""
+        return self.probabilities().to(weight_VH.dtype) @ weight_VH
+
+
 @dataclass(frozen=True, eq=False)
-class NoisedSimplex:
+class DenseSimplex(Simplex):
+    """A simplex given by its values."""
+
+    values: Tensor
+    """[B, L, V]."""
+
+    def logits(self) -> Tensor:
+        """The values in float32."""
+        return self.values.float()
+
+
+@dataclass(frozen=True, eq=False)
+class NoisedSimplex(Simplex):
     """x = signal_scale S(ids) + noise_scale k eps, with S(w) = +k at token w and -k elsewhere.
 
     With `keys` the noise eps is counter-based: its value at (example, position, token) follows from
@@ -79,14 +107,6 @@ class NoisedSimplex:
         x_BLV = (noise_BLV.float() * scale_BL1).sub_(signal_BL1)
         ids_BL1 = self.token_ids.unsqueeze(-1)
         return x_BLV.scatter_add_(-1, ids_BL1, (2 * signal_BL1).expand(*ids_BL1.shape))
-
-    def probabilities(self) -> Tensor:
-        """softmax of the simplex over the vocabulary, [B, L, V] in float32."""
-        return self.logits().softmax(dim=-1)
-
-    def embedding(self, weight_VH: Tensor) -> Tensor:
-        """The expected embedding softmax(x) W, [B, L, H] in W's dtype; W receives gradients."""
-        return self.probabilities().to(weight_VH.dtype) @ weight_VH
 
     def select(self, rows: Tensor | Sequence[int]) -> "NoisedSimplex":
         """The examples `rows` (int64 indices or a bool mask over B), in that order."""

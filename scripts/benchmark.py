@@ -9,6 +9,24 @@ from tess.benchmarks import benchmark_backbone, format_table
 from tess.cli import run
 from tess.errors import UserError
 
+JSON_KEYS = """\
+--json FILE writes one object; its keys are stable:
+  benchmark             "backbone"
+  rival                 what it is compared with
+  pattern, hidden_size, length, batch, seed
+                        what was run
+  relative_difference   of the two outputs, as a share of the rival's norm
+  rows                  a list with an object per line of the table:
+      what              "forward" or "forward + backward"
+      dtype             "float32" or "bfloat16" (autocast)
+      ours_ms, rival_ms medians in milliseconds
+      ratio             median of rival / ours, pair by pair: above 1, ours is faster
+      ratio_q1, ratio_q3
+                        its quartiles
+      pairs             measurements of each
+  environment           date, processor, threads, python, torch, transformers
+"""
+
 
 def positive(text: str) -> int:
     """An argument that has to be 1 or more."""
@@ -20,15 +38,18 @@ def positive(text: str) -> int:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, measure, print the table, and write the figures if asked."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    layout = {"epilog": JSON_KEYS, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser(description=__doc__, **layout)
     commands = parser.add_subparsers(dest="command", required=True, metavar="SUBCOMMAND")
-    backbone = commands.add_parser("backbone", help="the backbone against transformers' Nemotron-H")
+    backbone = commands.add_parser(
+        "backbone", help="the backbone against transformers' Nemotron-H", **layout
+    )
     backbone.add_argument("--pattern", default="M*E-", help="layers (default: %(default)s)")
     backbone.add_argument("--length", type=positive, default=512, help="tokens (default: 512)")
     backbone.add_argument("--batch", type=positive, default=1, help="rows (default: 1)")
     backbone.add_argument("--repeats", type=positive, default=15, help="pairs (default: 15)")
     backbone.add_argument("--seed", type=int, default=0, help="weights and input (default: 0)")
-    backbone.add_argument("--json", type=Path, help="also write all figures to this file")
+    backbone.add_argument("--json", type=Path, help="also write all figures here, see below")
     args = parser.parse_args(argv)
     if args.json is not None and not args.json.resolve().parent.is_dir():
         raise UserError(f"--json {args.json}: there is no folder {args.json.resolve().parent}")

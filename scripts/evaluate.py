@@ -33,10 +33,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--source_column", default="source", help="column of --data (default: %(default)s)")
     add("--target_column", default="target", help="column of --data (default: %(default)s)")
     add("--decoder", help="tess or ar (default: what the checkpoint is)")
-    add("--num_inference_steps", type=int, help="denoising steps (default: the checkpoint's)")
+    add("--num_inference_steps", type=int, help="steps of tess (default: 16, or T if that is less)")
     add("--limit", type=int, help="evaluate only the first rows")
     add("--seed", type=int, default=0, help="seed of the noise (default: %(default)s)")
     add("--batch_size", type=int, default=8, help="texts at once (default: %(default)s)")
+    add("--strict", action="store_true", help="refuse a too long source instead of cutting it")
     add("--output_dir", required=True, help="folder for the three files; made if missing")
     return parser
 
@@ -64,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         batch_size=args.batch_size,
         limit=args.limit,
         progress=True,
+        strict=args.strict,
     )
     paths = evaluation.write_report(result, folder)
     print(evaluation.summary(result.report))

@@ -17,16 +17,19 @@ from tess.decoders import DECODERS, Generation, load_decoder
 from tess.errors import UserError
 
 JSON_KEYS = """\
---json prints one object with the keys
-  decoder            "tess" or "ar"
-  checkpoint         the folder that was asked for
-  num_parameters     of the model
-  num_inference_steps, gen_length, seed, top_p, temperature   as given; null where the default was
-  taken load_seconds, generate_seconds                              wall-clock time
-  results            a list with an object per source, in order:
-      source, text       strings
-      num_new_tokens     tokens of the text, </s> included
-      nfe                network evaluations over the target
+--json prints one object; its keys are stable:
+  decoder              "tess" or "ar"
+  checkpoint           the folder that was asked for
+  num_parameters       of the model
+  num_inference_steps, gen_length, seed, top_p, temperature
+                       as given, or the flag's default; null leaves it to the decoder
+  load_seconds         wall-clock time of loading the checkpoint
+  generate_seconds     wall-clock time of writing all texts
+  results              a list with an object per source, in order:
+      source           the source
+      text             the text
+      num_new_tokens   tokens of the text, </s> included
+      nfe              network evaluations over the target
 """
 
 

@@ -8,14 +8,30 @@ from pathlib import Path
 from tess.cli import default_checkpoint, run
 from tess.model_info import describe
 
+JSON_KEYS = """\
+--json prints a list with one object per model in the folder; its keys are stable:
+  folder                     where the model is
+  kind                       "tess" or "ar"
+  pattern                    a letter per layer: M Mamba-2, * attention, - MLP, E experts
+  hidden_size, vocab_size    of the model
+  parameters                 all, tied weights once
+  active_parameters          those that one token uses: of the routed experts the chosen ones
+  kv_bytes_per_token         keys and values in bfloat16
+  state_bytes_per_sequence   Mamba states in float32 and convolution windows in bfloat16
+"""
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, read the configs, print."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog=JSON_KEYS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument(
         "dir", type=Path, nargs="?", help="a checkpoint folder (default: the shipped one)"
     )
-    parser.add_argument("--json", action="store_true", help="print a JSON list instead of text")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text, see below")
     args = parser.parse_args(argv)
     models = describe(args.dir or default_checkpoint())
     if args.json:

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+import transformers
 import yaml
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import HfArgumentParser
 
 from tess.backbones.config import HybridConfig
 from tess.errors import UserError
@@ -110,20 +111,33 @@ SMALL_BACKBONE: dict[str, Any] = {
     "moe_intermediate_size": 192,
     "moe_shared_expert_intermediate_size": 192,
     "tie_word_embeddings": True,
+    "initializer_range": 0.05,
 }
 """The model that is trained where no size is given."""
 
 
 @dataclass
 class DiffusionArguments:
-    """The diffusion process and the denoiser (objective tess); None is the model's default."""
+    """The diffusion process and the denoiser (objective tess).
+
+    None is the value of the checkpoint that `init_from` names, else the standard one.
+    """
 
     simplex_value: float | None = _option(
         None, "k: a token is +k on its own coordinate and -k elsewhere."
     )
-    num_diffusion_steps: int = _option(5000, "T, and so the most sampling steps.")
-    beta_schedule: str = _option("squaredcos_improved_ddpm", "Noise schedule.")
-    cosine_s: float = _option(1e-4, "Offset s of the cosine schedule.")
+    num_diffusion_steps: int | None = _option(
+        None,
+        "T, and so the most sampling steps (default: the --init_from checkpoint's, else 5000).",
+    )
+    beta_schedule: str | None = _option(
+        None,
+        "Noise schedule (default: the --init_from checkpoint's, else squaredcos_improved_ddpm).",
+    )
+    cosine_s: float | None = _option(
+        None,
+        "Offset s of the cosine schedule (default: the --init_from checkpoint's, else 1e-4).",
+    )
     source_encoding: str | None = _option(
         None, "How the source is read: causal, bidirectional, or joint with the target."
     )
@@ -144,10 +158,14 @@ class DiffusionArguments:
         None, "The SED variant of conditioning on the clean context."
     )
     num_source_positions: int | None = _option(
-        None, "Learned absolute positions for the source (0: none)."
+        None,
+        "Learned absolute positions for the source (0: none; default for a new model: "
+        "max_source_length).",
     )
     num_target_positions: int | None = _option(
-        None, "Learned absolute positions for the target (0: none)."
+        None,
+        "Learned absolute positions for the target (0: none; default for a new model: "
+        "max_target_length).",
     )
     source_drop_probability: float = _option(
         0.0, "Share of examples with an empty source, for guidance."
@@ -155,8 +173,10 @@ class DiffusionArguments:
     stratified_timesteps: bool = _option(
         True, "One time from each of B equal parts of (0, 1] per batch."
     )
-    pad_loss_weight: float = _option(
-        0.0, "Above 0: the canvas goes on over padding, with this loss weight."
+    pad_loss_weight: float | None = _option(
+        None,
+        "Above 0: the canvas goes on over padding, with this loss weight (default: the --init_from "
+        "checkpoint's, else 0).",
     )
     canvas: str = _option(
         "batch",
@@ -175,11 +195,21 @@ class DiffusionArguments:
             "simplex_value", "source_encoding", "self_conditioning", "self_conditioning_mix",
             "self_conditioning_zeros_after_softmax", "self_conditioning_mlp",
             "deepmind_conditional", "num_source_positions", "num_target_positions",
+            "pad_loss_weight",
         ]  # fmt: skip
         chosen = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if chosen.get("self_conditioning") == "none":
             chosen["self_conditioning"] = None
         return chosen
+
+    def scheduler_overrides(self) -> dict[str, Any]:
+        """The scheduler's settings that were set."""
+        names = {
+            "num_train_timesteps": self.num_diffusion_steps,
+            "beta_schedule": self.beta_schedule,
+            "cosine_s": self.cosine_s,
+        }
+        return {name: value for name, value in names.items() if value is not None}
 
 
 @dataclass
@@ -240,7 +270,42 @@ class RunArguments:
     num_samples_to_print: int = _option(
         3, "Generated texts to print before training and at each evaluation."
     )
-    num_inference_steps: int = _option(20, "Sampling steps for the printed texts.")
+    num_inference_steps: int | None = _option(
+        None, "Sampling steps for the printed texts (default: 16, or T where that is less)."
+    )
+
+
+@dataclass
+class TrainingArguments(transformers.TrainingArguments):
+    """transformers' own settings, with defaults that train a small new model from scratch."""
+
+    per_device_train_batch_size: int = _option(
+        32, "Rows per device and step (default: %(default)s)."
+    )
+    num_train_epochs: float = _option(
+        20.0, "Passes over the training rows (default: %(default)s); --max_steps overrides it."
+    )
+    learning_rate: float = _option(
+        1.5e-3,
+        "Highest learning rate (default: %(default)s). The defaults suit a small new model and are "
+        "the same with --init_from, where a lower rate keeps more of the given weights.",
+    )
+    warmup_steps: float = _option(
+        100,
+        "Steps in which the learning rate rises from 0 (default: %(default)s); below 1, their "
+        "share of all steps.",
+    )
+    weight_decay: float = _option(
+        0.01, "Weight decay, of all but biases and norms (default: %(default)s)."
+    )
+    adam_beta2: float = _option(
+        0.98, "Decay of Adam's mean of squared gradients (default: %(default)s)."
+    )
+    logging_steps: float = _option(50, "Steps between two lines of the log (default: %(default)s).")
+    save_steps: float = _option(200, "Steps between two checkpoints (default: %(default)s).")
+    save_total_limit: int | None = _option(
+        2, "Newest checkpoints to keep (default: %(default)s); 0 keeps all."
+    )
 
 
 @dataclass
@@ -285,7 +350,6 @@ def parse_settings(argv: Sequence[str] | None = None, description: str = "") -> 
     known = {action.dest: action for action in parser._actions if action.dest != "help"}
     if argv and not argv[0].startswith("-"):
         argv = _flags_from_file(Path(argv[0]), known) + argv[1:]
-    # `prediction_loss_only` and the columns are fixed by our collators; see `training.TextTrainer`.
     *parts, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if unknown:
         raise UserError(_unknown(unknown[0], [f"--{name}" for name in known], "flag"))
@@ -360,5 +424,8 @@ def _check(settings: Settings) -> None:
     ):
         if not 0 <= getattr(owner, name) <= 1:
             raise UserError(f"{name} must be between 0 and 1, got {getattr(owner, name)}")
+    for name in ("max_train_samples", "max_eval_samples"):
+        if getattr(data, name) is not None and getattr(data, name) < 1:
+            raise UserError(f"{name} must be at least 1, got {getattr(data, name)}")
     if run.ema_decay == 1:
         raise UserError("ema_decay must be below 1, or the average never moves")

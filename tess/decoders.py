@@ -7,17 +7,19 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from tess.collators import pad_sources
 from tess.errors import UserError
-from tess.pipeline import TessPipeline
+from tess.kernels import random
+from tess.pipeline import TessPipeline, check_sampling, draw_seed, example_keys
 from tess.saving import Parts, kind_of, load_parts
-from tess.tokenization import decode, encode_source
+from tess.schedulers.renoising import sample_nucleus
+from tess.tokenization import decode, encode_sources
 
 DECODERS = ("tess", "ar")
-DEFAULT_INFERENCE_STEPS = 16
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Generation:
     """One generated text.
 
     text: without special tokens, up to `</s>`.
-    token_ids: up to and including `</s>` if there is one, without padding.
+    token_ids: up to and including `</s>` if there is one; padding, also amid the text, is left out.
     num_new_tokens: their number.
     nfe: network evaluations over the target spent on this text (reading the source is not counted
         for tess; it gives the first token for ar, and is its first evaluation).
@@ -43,6 +45,7 @@ class Decoder(Protocol):
     name: str
     tokenizer: PreTrainedTokenizerBase
     num_parameters: int
+    default_num_inference_steps: int | None
 
     def generate(
         self,
@@ -63,6 +66,7 @@ class _BatchedDecoder:
     """Checks and encodes texts and runs them in batches of like lengths."""
 
     name: str
+    default_num_inference_steps: int | None = None
 
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
@@ -87,20 +91,19 @@ class _BatchedDecoder:
 
         Args:
             texts: sources; a too long one is cut with a warning, or refused with `strict`.
-            num_inference_steps: of tess; default 16.
+            num_inference_steps: of tess; default 16, or all training steps where they are fewer.
             gen_length: most new tokens, `</s>` included; default: the checkpoint's rule.
-            seed: the same seed gives the same texts, in any batch size and order.
+            seed: the same seed gives the same texts, in any batch size and order; equal sources get
+                texts of their own, in the order they come.
             batch_size: texts at once.
             top_p: None takes the likeliest token; else the mass of the nucleus to sample from.
-            temperature: divides the logits, when top_p is given.
+            temperature: divides the logits; only with top_p.
             progress: show a bar.
 
         Raises:
             UserError: an empty text, or an argument out of range.
         """
-        rows = [
-            encode_source(self.tokenizer, text, self._max_source_length(), strict) for text in texts
-        ]
+        rows = encode_sources(self.tokenizer, texts, self._max_source_length(), strict)
         return self.generate_ids(
             rows,
             num_inference_steps=num_inference_steps,
@@ -128,6 +131,8 @@ class _BatchedDecoder:
         """As `generate`, for sources as laid-out token ids."""
         _check(gen_length, batch_size, top_p, temperature)
         self.model.eval()
+        # One key per source over all rows, so that its noise does not depend on the batches.
+        keys = example_keys(rows, draw_seed(torch.Generator().manual_seed(seed)))
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         results: dict[int, Generation] = {}
         bar = (
@@ -140,7 +145,7 @@ class _BatchedDecoder:
                 chosen = order[start : start + batch_size]
                 batch = [list(rows[i]) for i in chosen]
                 written = self._batch(
-                    batch, num_inference_steps, gen_length, seed, top_p, temperature
+                    batch, keys[chosen], num_inference_steps, gen_length, top_p, temperature
                 )
                 results |= dict(zip(chosen, written, strict=True))
                 if progress:
@@ -148,11 +153,11 @@ class _BatchedDecoder:
         return [results[i] for i in range(len(rows))]
 
     def _generation(self, ids: list[int], nfe: int | None = None) -> Generation:
-        eos = self.tokenizer.eos_token_id
-        kept = ids[: ids.index(eos) + 1] if eos in ids else ids
-        return Generation(
-            decode(self.tokenizer, kept), kept, len(kept), len(kept) if nfe is None else nfe
-        )
+        eos, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
+        written = ids[: ids.index(eos) + 1] if eos in ids else ids
+        kept = [token for token in written if token != pad or token == eos]
+        evaluations = len(written) if nfe is None else nfe
+        return Generation(decode(self.tokenizer, kept), kept, len(kept), evaluations)
 
     def _max_source_length(self) -> int | None:
         raise NotImplementedError
@@ -160,9 +165,9 @@ class _BatchedDecoder:
     def _batch(
         self,
         rows: list[list[int]],
+        keys: Tensor,
         num_inference_steps: int | None,
         gen_length: int | None,
-        seed: int,
         top_p: float | None,
         temperature: float,
     ) -> list[Generation]:
@@ -180,28 +185,46 @@ class TessDecoder(_BatchedDecoder):
             denoiser=parts.model, scheduler=parts.scheduler, tokenizer=parts.tokenizer
         )
         self.pipeline.set_progress_bar_config(disable=True)
+        self.default_num_inference_steps = self.pipeline.default_num_inference_steps
 
     def _max_source_length(self) -> int:
         return self.model.config.max_source_length
 
     def _batch(
-        self, rows, num_inference_steps, gen_length, seed, top_p, temperature
+        self, rows, keys, num_inference_steps, gen_length, top_p, temperature
     ) -> list[Generation]:
-        steps = DEFAULT_INFERENCE_STEPS if num_inference_steps is None else num_inference_steps
         out = self.pipeline(
             input_ids=rows,
             gen_length=gen_length,
-            num_inference_steps=steps,
+            num_inference_steps=num_inference_steps,
             top_p=top_p,
             temperature=temperature,
-            generator=torch.Generator().manual_seed(seed),
+            keys=keys,
             output_type="seq",
         )
-        pad = self.tokenizer.pad_token_id
+        # Cut to the canvas: what follows it is padding, which may be spelled as `</s>` is.
+        lengths = self.pipeline.target_lengths(rows, gen_length)
         return [
-            self._generation(_without_tail(ids, pad), nfe)
-            for ids, nfe in zip(out.sequences.tolist(), out.nfe, strict=True)
+            self._generation(ids[:length], nfe)
+            for ids, length, nfe in zip(out.sequences.tolist(), lengths, out.nfe, strict=True)
         ]
+
+
+class _KeyedNucleus(LogitsProcessor):
+    """Leaves only the token that an example's own random number draws from the nucleus.
+
+    Greedy search then takes it, so that a text does not depend on the rest of its batch.
+    """
+
+    def __init__(self, keys: Tensor, width: int, top_p: float, temperature: float) -> None:
+        self.keys, self.width = keys, width
+        self.top_p, self.temperature = top_p, temperature
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        step = input_ids.shape[1] - self.width
+        draw_B1 = random.uniform(self.keys, step, 1)
+        token_B1 = sample_nucleus(scores.unsqueeze(1), draw_B1, self.top_p, self.temperature)
+        return torch.full_like(scores, -torch.inf).scatter_(1, token_B1, 0.0)
 
 
 class ArDecoder(_BatchedDecoder):
@@ -215,7 +238,7 @@ class ArDecoder(_BatchedDecoder):
         return None if longest > 10**6 else longest
 
     def _batch(
-        self, rows, num_inference_steps, gen_length, seed, top_p, temperature
+        self, rows, keys, num_inference_steps, gen_length, top_p, temperature
     ) -> list[Generation]:
         if num_inference_steps is not None:
             raise UserError(
@@ -223,20 +246,19 @@ class ArDecoder(_BatchedDecoder):
             )
         source = pad_sources(rows, self.tokenizer.pad_token_id)
         device = self.model.device
-        sampling = {"do_sample": False}
-        if top_p is not None:
-            sampling = {"do_sample": True, "top_p": top_p, "temperature": temperature, "top_k": 0}
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            sequences = self.model.generate(
-                input_ids=source["source_ids"].to(device),
-                attention_mask=source["source_mask"].to(device),
-                max_new_tokens=gen_length or self.model.generation_config.max_new_tokens or 128,
-                pad_token_id=self.tokenizer.pad_token_id,
-                eos_token_id=self.tokenizer.eos_token_id,
-                **sampling,
-            )
         width = source["source_ids"].shape[1]
+        choice = LogitsProcessorList()
+        if top_p is not None:
+            choice.append(_KeyedNucleus(keys.to(device), width, top_p, temperature))
+        sequences = self.model.generate(
+            input_ids=source["source_ids"].to(device),
+            attention_mask=source["source_mask"].to(device),
+            max_new_tokens=gen_length or self.model.generation_config.max_new_tokens or 128,
+            pad_token_id=self.tokenizer.pad_token_id,
+            eos_token_id=self.tokenizer.eos_token_id,
+            do_sample=False,
+            logits_processor=choice,
+        )
         return [self._generation(ids) for ids in sequences[:, width:].tolist()]
 
 
@@ -295,13 +317,4 @@ def _check(
         raise UserError(f"gen_length must be at least 1, got {gen_length}")
     if batch_size < 1:
         raise UserError(f"batch_size must be at least 1, got {batch_size}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise UserError(f"top_p must be above 0 and at most 1, got {top_p}")
-    if temperature <= 0:
-        raise UserError(f"temperature must be above 0, got {temperature}")
-
-
-def _without_tail(ids: list[int], pad: int) -> list[int]:
-    while ids and ids[-1] == pad:
-        ids = ids[:-1]
-    return ids
+    check_sampling(top_p, temperature)

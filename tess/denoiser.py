@@ -14,7 +14,7 @@ from tess.backbones.cache import HybridCache
 from tess.backbones.hybrid import HybridModel, init_hybrid_weights
 from tess.backbones.pretrained import StrictPreTrainedModel
 from tess.config import TessConfig
-from tess.schedulers.simplex import NoisedSimplex
+from tess.schedulers.simplex import DenseSimplex, NoisedSimplex
 from tess.self_conditioning import SelfConditioning
 
 POSITION_SCALE = 0.6
@@ -167,10 +167,10 @@ class TessDenoiser(StrictPreTrainedModel):
         noise_mask: Tensor | None,
     ) -> Tensor:
         weight_VH = self.backbone.embeddings.weight
-        simplex_BLV = sample.float() if isinstance(sample, Tensor) else sample.logits()
+        simplex = DenseSimplex(sample) if isinstance(sample, Tensor) else sample
         clean_BLH = None if clean_ids is None else self.backbone.embeddings(clean_ids)
         noised_BL = None if noise_mask is None else noise_mask.bool()
-        hidden_BLH = self.self_conditioning(simplex_BLV, previous, weight_VH, clean_BLH, noised_BL)
+        hidden_BLH = self.self_conditioning(simplex, previous, weight_VH, clean_BLH, noised_BL)
         time_B11 = timesteps.to(weight_VH.dtype).reshape(len(hidden_BLH), -1, 1)
         # The residual stream keeps the weights' precision, also under autocast.
         timed_BLH = (hidden_BLH + self.time_embedding(time_B11)).to(weight_VH.dtype)
@@ -217,4 +217,3 @@ def _check_length(side: str, length: int, positions: nn.Embedding) -> None:
             f"the {side} has {length} positions, but num_{side}_positions is "
             f"{positions.num_embeddings}"
         )
-

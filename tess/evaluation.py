@@ -38,6 +38,7 @@ class Decoder(Protocol):
 
     name: str
     num_parameters: int
+    default_num_inference_steps: int | None  # None: it has no such thing
 
     def generate(
         self,
@@ -47,6 +48,7 @@ class Decoder(Protocol):
         seed: int,
         batch_size: int,
         progress: bool,
+        strict: bool,
     ) -> Sequence[Generation]: ...
 
 
@@ -69,15 +71,18 @@ def evaluate(
     batch_size: int = 8,
     limit: int | None = None,
     progress: bool = False,
+    strict: bool = False,
 ) -> Evaluation:
     """Generate one text per example (the first `limit` of them) and score them all.
 
     Args:
         checkpoint, data: where model and rows came from; they go into the report as they are.
-        num_inference_steps: None leaves the number to the checkpoint.
+        num_inference_steps: None takes the decoder's default; the report has the number itself,
+            and null for a decoder without such steps.
+        strict: a source that is too long is an error, not a warning and a cut.
 
     Raises:
-        UserError: no example, or a limit or batch size under 1.
+        UserError: no example, a limit or batch size under 1, or what the decoder refuses.
     """
     if limit is not None and limit < 1:
         raise UserError(f"limit must be at least 1, got {limit}")
@@ -89,6 +94,8 @@ def evaluate(
     sources = [example.source for example in examples]
     references = [list(example.references) for example in examples]
 
+    if num_inference_steps is None:
+        num_inference_steps = decoder.default_num_inference_steps
     start = time.perf_counter()
     generations = decoder.generate(
         sources,
@@ -96,6 +103,7 @@ def evaluate(
         seed=seed,
         batch_size=batch_size,
         progress=progress,
+        strict=strict,
     )
     seconds = time.perf_counter() - start
     assert len(generations) == len(examples), "a decoder gives one text per source"
@@ -205,7 +213,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     settings = {
         "checkpoint": report["checkpoint"],
         "parameters": f"{report['num_parameters']:,}",
-        "num_inference_steps": "the checkpoint's own" if steps is None else steps,
+        "num_inference_steps": "none: one evaluation per token" if steps is None else steps,
         "seed": report["seed"],
         "batch_size": report["batch_size"],
         **report["versions"],

@@ -11,10 +11,9 @@ from tess.backbones.hybrid import HybridForCausalLM
 from tess.collators import objective_names
 from tess.config import TessConfig
 from tess.denoiser import TessDenoiser
-from tess.errors import UserError
 from tess.saving import Parts, copy_weights, load_parts
 from tess.schedulers.renoising import RenoisingScheduler
-from tess.tokenization import check_tokenizer, load_tokenizer, source_layout, train_tokenizer
+from tess.tokenization import load_tokenizer, source_layout, train_tokenizer
 from tess.training_data import TokenRows, length_rule
 from tess.training_texts import Texts
 
@@ -56,12 +55,7 @@ def _tokenizer(settings: Settings, texts: Texts) -> PreTrainedTokenizerBase:
     if settings.model.train_tokenizer:
         lines = (text for row in texts for text in row if text is not None)
         return train_tokenizer(lines, size or DEFAULT_VOCAB_SIZE)
-    tokenizer = load_tokenizer(settings.model.tokenizer, size)
-    if size is not None and len(tokenizer) != size:
-        raise UserError(
-            f"vocabulary mismatch: the tokenizer has {len(tokenizer)} ids, --vocab_size is {size}"
-        )
-    return tokenizer
+    return load_tokenizer(settings.model.tokenizer, size)
 
 
 def _direction(settings: Settings) -> dict[str, str]:
@@ -71,25 +65,19 @@ def _direction(settings: Settings) -> dict[str, str]:
 def _denoiser_fields(settings: Settings) -> dict[str, Any]:
     data = settings.data
     lengths = {name: getattr(data, name) for name in ("max_source_length", "max_target_length")}
-    return {
-        "pad_loss_weight": settings.diffusion.pad_loss_weight,
-        **lengths,
-        **settings.diffusion.denoiser_overrides(),
-    }
+    return lengths | settings.diffusion.denoiser_overrides()
 
 
-def _scheduler(settings: Settings, config: TessConfig) -> RenoisingScheduler:
-    return RenoisingScheduler(
-        num_train_timesteps=settings.diffusion.num_diffusion_steps,
-        simplex_value=config.simplex_value,
-        beta_schedule=settings.diffusion.beta_schedule,
-        cosine_s=settings.diffusion.cosine_s,
-    )
+def _scheduler(
+    settings: Settings, config: TessConfig, given: RenoisingScheduler | None = None
+) -> RenoisingScheduler:
+    given = given or RenoisingScheduler()
+    changes = {"simplex_value": config.simplex_value, **settings.diffusion.scheduler_overrides()}
+    return RenoisingScheduler.from_config(given.config, **changes)
 
 
 def _adapted(settings: Settings, given: Parts) -> Parts:
     """The model of this run with the weights of another one, of either kind."""
-    check_tokenizer(given.tokenizer, given.model.config.vocab_size)
     was = given.model.config
     backbone = was if isinstance(was, HybridConfig) else was.backbone_config
     backbone = HybridConfig(**(_fields(backbone) | settings.model.backbone_overrides()))
@@ -99,7 +87,8 @@ def _adapted(settings: Settings, given: Parts) -> Parts:
         fields = _fields(was) if isinstance(was, TessConfig) else {}
         fields |= {"backbone_config": backbone} | _denoiser_fields(settings)
         config = TessConfig(**fields)
-        parts = Parts(TessDenoiser(config), given.tokenizer, _scheduler(settings, config))
+        scheduler = _scheduler(settings, config, given.scheduler)
+        parts = Parts(TessDenoiser(config), given.tokenizer, scheduler)
     new, unused = copy_weights(given.model, parts.model)
     for what, names in (("starts untrained", new), ("is not used", unused)):
         if names:
@@ -127,7 +116,8 @@ def store_limits(parts: Parts, settings: Settings, rows: TokenRows) -> None:
         )
     elif "seq2seq" in objective_names(data.conditional_generation):
         # Without pads in its canvases a model has learnt that the text ends where the canvas does.
-        quantile = diffusion.length_quantile or (0.99 if diffusion.pad_loss_weight else 0.5)
+        pads = parts.model.config.pad_loss_weight > 0
+        quantile = diffusion.length_quantile or (0.99 if pads else 0.5)
         sources = [
             len(source_layout(tokenizer, ids, data.max_source_length)) for ids in rows.sources
         ]

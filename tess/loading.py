@@ -15,6 +15,7 @@ import csv
 import gzip
 import io
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,7 +145,7 @@ def _read_bytes(path: Path) -> bytes:
         return data
     try:
         return gzip.decompress(data)
-    except (EOFError, gzip.BadGzipFile, OSError, ValueError) as error:
+    except (EOFError, OSError, zlib.error) as error:
         raise UserError(f"{path} is not a whole gzip file: {error}") from error
 
 

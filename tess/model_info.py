@@ -12,6 +12,7 @@ from tess.backbones.hybrid import HybridForCausalLM
 from tess.config import TessConfig
 from tess.denoiser import TessDenoiser
 from tess.errors import UserError
+from tess.saving import read_config
 
 BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -91,4 +92,4 @@ def _read_config(folder: Path) -> tuple[str, TessConfig | HybridConfig]:
             f"expected one of {', '.join(kinds)}"
         )
     kind, config_class = kinds[raw["model_type"]]
-    return kind, config_class.from_pretrained(folder)
+    return kind, read_config(folder, config_class)

@@ -3,7 +3,6 @@
 # B examples, S source positions, L target positions, V vocabulary
 
 import hashlib
-import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -20,9 +19,10 @@ from transformers import PreTrainedTokenizerBase
 from tess.denoiser import TessDenoiser
 from tess.errors import UserError
 from tess.schedulers.renoising import RenoisingScheduler
-from tess.tokenization import check_tokenizer, decode, encode_source
+from tess.tokenization import check_tokenizer, cut_sources, decode, encode_sources
 
-logger = logging.getLogger(__name__)
+DEFAULT_INFERENCE_STEPS = 16
+"""Or the scheduler's training steps, where these are fewer."""
 
 StepCallback = Callable[["TessPipeline", int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
 
@@ -64,12 +64,7 @@ class TessPipeline(DiffusionPipeline):
         tokenizer: PreTrainedTokenizerBase,
     ) -> None:
         super().__init__()
-        check_tokenizer(tokenizer)
-        if len(tokenizer) != denoiser.config.vocab_size:
-            raise UserError(
-                f"vocabulary mismatch: the tokenizer has {len(tokenizer)} ids and the model's "
-                f"vocab_size is {denoiser.config.vocab_size}"
-            )
+        check_tokenizer(tokenizer, denoiser.config.vocab_size)
         if scheduler.config.simplex_value != denoiser.config.simplex_value:
             raise UserError(
                 f"simplex_value mismatch: the scheduler has {scheduler.config.simplex_value} and "
@@ -77,17 +72,33 @@ class TessPipeline(DiffusionPipeline):
             )
         self.register_modules(denoiser=denoiser, scheduler=scheduler, tokenizer=tokenizer)
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> "TessPipeline":
+        """`DiffusionPipeline.from_pretrained`, in float32 unless `dtype` (`torch_dtype`) is given.
+
+        In float32 a text does not depend on its batch, whatever type the folder's weights have.
+        """
+        if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
+            kwargs["dtype"] = torch.float32
+        return super().from_pretrained(*args, **kwargs)
+
+    @property
+    def default_num_inference_steps(self) -> int:
+        """The steps of a call that names none: 16, or all training steps where these are fewer."""
+        return min(DEFAULT_INFERENCE_STEPS, self.scheduler.config.num_train_timesteps)
+
     @torch.no_grad()
     def __call__(
         self,
         prompt: str | list[str] | None = None,
         input_ids: Tensor | Sequence[Sequence[int]] | None = None,
         gen_length: int | None = None,
-        num_inference_steps: int = 16,
+        num_inference_steps: int | None = None,
         top_p: float | None = None,
         temperature: float = 1.0,
         guidance_scale: float = 1.0,
         generator: torch.Generator | None = None,
+        keys: Tensor | None = None,
         callback_on_step_end: StepCallback
         | PipelineCallback
         | MultiPipelineCallbacks
@@ -105,12 +116,15 @@ class TessPipeline(DiffusionPipeline):
                 with padding at either end. `[[bos, eos]]` is the empty source.
             gen_length: canvas length in tokens, `</s>` included. None: by the model's length rule,
                 for every example its own.
-            num_inference_steps: from 1 to the scheduler's num_train_timesteps.
+            num_inference_steps: from 1 to the scheduler's num_train_timesteps; None: 16, or that
+                number where it is less.
             top_p: None for the arg-max; otherwise the mass of the nucleus to sample from.
-            temperature: divides the logits, when top_p is given.
+            temperature: divides the logits; only with top_p.
             guidance_scale: g >= 1; above 1, log p = u + g (c - u) with the source's prediction c
                 and the empty source's u (classifier-free guidance, arXiv 2207.12598).
             generator: gives the seed; None takes torch's global generator.
+            keys: [B] int64, the examples' own random keys (`example_keys`), in place of a seed: for
+                a batch that is part of a larger set.
             callback_on_step_end: called as (pipeline, step, timestep, tensors) after each step;
                 what it returns under a tensor's name replaces it.
             callback_on_step_end_tensor_inputs: which of "token_ids" [B, L] and "logits" [B, L, V]
@@ -126,13 +140,18 @@ class TessPipeline(DiffusionPipeline):
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         self._check_arguments(guidance_scale, output_type, callback_on_step_end_tensor_inputs)
+        check_sampling(top_p, temperature)
         sources = self._sources(prompt, input_ids, strict)
-        lengths = self._target_lengths(sources, gen_length)
+        lengths = self.target_lengths(sources, gen_length)
+        if num_inference_steps is None:
+            num_inference_steps = self.default_num_inference_steps
         device = self._execution_device
         self.scheduler.set_timesteps(num_inference_steps, device=device)
 
         target_mask = _right_mask(lengths).to(device)
-        keys_B = example_keys(sources, _draw_seed(generator)).to(device)
+        if keys is None:
+            keys = example_keys(sources, draw_seed(generator))
+        keys_B = keys.to(device)
         context = self._context(sources, device)
         empty = self._empty_context(len(sources), device) if guidance_scale > 1 else None
 
@@ -208,9 +227,9 @@ class TessPipeline(DiffusionPipeline):
                 raise UserError(
                     f"prompt must be a string or a list of strings, got {type(strange[0]).__name__}"
                 )
-            rows = [encode_source(self.tokenizer, text, longest, strict) for text in prompts]
+            rows = encode_sources(self.tokenizer, prompts, longest, strict)
         else:
-            rows = [_cut_source(row, longest, strict) for row in self._id_rows(input_ids)]
+            rows = cut_sources(self._id_rows(input_ids), longest, strict)
         if not rows:
             raise UserError("expected at least one prompt, got none")
         return rows
@@ -232,7 +251,8 @@ class TessPipeline(DiffusionPipeline):
                 raise UserError(f"token id {strange} is outside the vocabulary of {size}")
         return rows
 
-    def _target_lengths(self, sources: list[list[int]], gen_length: int | None) -> list[int]:
+    def target_lengths(self, sources: list[list[int]], gen_length: int | None) -> list[int]:
+        """Each example's canvas in tokens: `gen_length`, or by the model's length rule."""
         config = self.denoiser.config
         if gen_length is None:
             if config.target_length_ratio is None:
@@ -287,18 +307,22 @@ def example_keys(sources: list[list[int]], seed: int) -> Tensor:
     return torch.tensor(keys, dtype=torch.long)
 
 
-def _cut_source(row: list[int], longest: int, strict: bool) -> list[int]:
-    """The first ids and the last, `</s>`, when there are too many: as `encode_source` cuts."""
-    if len(row) <= longest:
-        return row
-    message = f"the source has {len(row)} tokens and the model takes {longest}"
-    if strict:
-        raise UserError(message)
-    logger.warning("%s; the end was cut off", message)
-    return [*row[: longest - 1], row[-1]]
+def check_sampling(top_p: float | None, temperature: float) -> None:
+    """Refuse a nucleus or a temperature that cannot be meant.
+
+    Raises:
+        UserError: out of range, or a temperature where nothing is sampled.
+    """
+    if top_p is not None and not 0 < top_p <= 1:
+        raise UserError(f"top_p must be above 0 and at most 1, got {top_p}")
+    if not temperature > 0:
+        raise UserError(f"temperature must be above 0, got {temperature}")
+    if top_p is None and temperature != 1:
+        raise UserError(f"temperature {temperature} does nothing without top_p; give top_p too")
 
 
-def _draw_seed(generator: torch.Generator | None) -> int:
+def draw_seed(generator: torch.Generator | None) -> int:
+    """A seed for `example_keys`; None takes torch's global generator."""
     device = None if generator is None else generator.device
     return int(torch.randint(2**63 - 1, (), generator=generator, device=device))
 

@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
 from tess.backbones.config import HybridConfig
 from tess.backbones.hybrid import HybridForCausalLM
+from tess.config import TessConfig
 from tess.denoiser import TessDenoiser
 from tess.errors import UserError
 from tess.pipeline import TessPipeline
@@ -26,6 +28,9 @@ from tess.schedulers.renoising import RenoisingScheduler
 from tess.tokenization import check_tokenizer, load_tokenizer
 
 Model = TessDenoiser | HybridForCausalLM
+
+SCHEDULERS = {"RenoisingScheduler": RenoisingScheduler}
+"""What a `tess` folder may name as its scheduler."""
 
 
 @dataclass
@@ -42,10 +47,12 @@ def replaced_folder(final: Path) -> Iterator[Path]:
     """A temporary folder that becomes `final` when the block ends without an error.
 
     Until then whatever was in `final` stays as it is; after an error the temporary folder is gone.
+    What an earlier process, killed in mid-replacement, had moved aside is put back first.
 
     Raises:
         UserError: when the disk refuses (full, read-only).
     """
+    _put_back(final.parent / ".saving")
     temporary = final.parent / ".saving" / final.name
     old = final.parent / ".saving" / f"{final.name}.old"
     try:
@@ -67,6 +74,13 @@ def replaced_folder(final: Path) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(final.parent / ".saving", ignore_errors=True)
+
+
+def _put_back(saving: Path) -> None:
+    for old in saving.glob("*.old"):
+        home = saving.parent / old.name.removesuffix(".old")
+        if not home.exists():
+            old.rename(home)
 
 
 def _is_disk_error(error: BaseException) -> bool:
@@ -99,14 +113,16 @@ def kind_of(folder: Path) -> str | None:
         config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError):
         return None
-    return "ar" if config.get("model_type") == HybridConfig.model_type else None
+    known = isinstance(config, dict) and config.get("model_type") == HybridConfig.model_type
+    return "ar" if known else None
 
 
 def load_parts(folder: str | Path, dtype: torch.dtype = torch.float32) -> Parts:
     """Read a checkpoint of either kind.
 
     Raises:
-        UserError: no checkpoint there, a broken file, tensors missing or unknown (by name), or a
+        UserError: no checkpoint there, a broken file, an unknown scheduler or model type, a setting
+            of the wrong type (by file and name), tensors missing or unknown (by name), or a
             tokenizer that does not fit the model.
     """
     folder = Path(folder)
@@ -118,13 +134,16 @@ def load_parts(folder: str | Path, dtype: torch.dtype = torch.float32) -> Parts:
         )
     try:
         if kind == "tess":
+            scheduler_class = _scheduler_class(folder)
+            config = read_config(folder / "denoiser", TessConfig)
             parts = Parts(
-                model=TessDenoiser.from_pretrained(folder / "denoiser", dtype=dtype),
+                model=TessDenoiser.from_pretrained(folder / "denoiser", config=config, dtype=dtype),
                 tokenizer=load_tokenizer(folder / "tokenizer"),
-                scheduler=RenoisingScheduler.from_pretrained(folder / "scheduler"),
+                scheduler=scheduler_class.from_pretrained(folder / "scheduler"),
             )
         else:
-            model = HybridForCausalLM.from_pretrained(folder, dtype=dtype)
+            config = read_config(folder, HybridConfig)
+            model = HybridForCausalLM.from_pretrained(folder, config=config, dtype=dtype)
             parts = Parts(model=model, tokenizer=load_tokenizer(folder))
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
         raise UserError(
@@ -132,6 +151,44 @@ def load_parts(folder: str | Path, dtype: torch.dtype = torch.float32) -> Parts:
         ) from error
     check_tokenizer(parts.tokenizer, parts.model.config.vocab_size)
     return parts
+
+
+def read_config(folder: Path, kind: type[TessConfig] | type[HybridConfig]) -> Any:
+    """The config of the model in `folder`.
+
+    Raises:
+        UserError: for another model type, and for a field of the wrong type or with a value that
+            its class refuses; it names the file and the field.
+    """
+    path = folder / "config.json"
+    model_type = _read_mapping(path).get("model_type")
+    if model_type != kind.model_type:
+        raise UserError(
+            f"{path}: unknown model_type {model_type!r}; known here is {kind.model_type!r}"
+        )
+    try:
+        return kind.from_pretrained(folder)
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        raise UserError(f"{path} cannot be used: {' '.join(str(error).split())}") from error
+
+
+def _scheduler_class(folder: Path) -> type[RenoisingScheduler]:
+    index, own = folder / "model_index.json", folder / "scheduler" / "scheduler_config.json"
+    entry = _read_mapping(index).get("scheduler")
+    named = {index: entry[-1] if isinstance(entry, list) and entry else entry}
+    named[own] = _read_mapping(own).get("_class_name")
+    for path, name in named.items():
+        if name not in SCHEDULERS:
+            known = ", ".join(SCHEDULERS)
+            raise UserError(f"{path}: unknown scheduler {name!r}; known are {known}")
+    return SCHEDULERS[named[own]]
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    content = json.loads(path.read_text())
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a JSON object, found a {type(content).__name__}")
+    return content
 
 
 def copy_weights(source: torch.nn.Module, target: torch.nn.Module) -> tuple[list[str], list[str]]:

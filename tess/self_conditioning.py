@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tess.config import CONCATENATING, TessConfig
+from tess.schedulers.simplex import Simplex
 
 
 class SelfConditioning(nn.Module):
@@ -38,7 +39,7 @@ class SelfConditioning(nn.Module):
 
     def forward(
         self,
-        simplex_BLV: Tensor,
+        simplex: Simplex,
         previous: Tensor | None,
         weight_VH: Tensor,
         clean_BLH: Tensor | None = None,
@@ -46,27 +47,32 @@ class SelfConditioning(nn.Module):
     ) -> Tensor:
         """Embeddings of the noised positions (of all positions with `deepmind_conditional`).
 
-        simplex_BLV: the noised simplex, float32. previous: logits [B, L, V], or for the projection
+        simplex: the noised target [B, L, V]. previous: logits [B, L, V], or for the projection
         kinds also the chosen tokens [B, L] int64; it receives no gradient.
         clean_BLH, noised_BL: embeddings of the clean tokens and which positions are noised (bool);
         only `deepmind_conditional` reads them, None standing for "all noised".
         """
         if self.kind is None:
-            return embed(simplex_BLV.softmax(dim=-1), weight_VH)
+            return simplex.embedding(weight_VH)
         if self.mix_point == "logits":
-            return self._mix_logits(simplex_BLV, previous, weight_VH)
-        probs_BLV = simplex_BLV.softmax(dim=-1)
+            return self._mix_logits(simplex.logits(), previous, weight_VH)
         if self.mix_point == "probabilities":
             if previous is None and self.kind in ("logits_addition", "logits_mean"):
                 # Linear kinds: a uniform distribution embeds to the mean row, without V-sized work.
-                return self._mix(embed(probs_BLV, weight_VH), self._absent(weight_VH))
-            other_BLV = self._probabilities(previous, probs_BLV)
+                return self._mix(simplex.embedding(weight_VH), self._absent(weight_VH))
+            probs_BLV = simplex.probabilities()
+            if previous is None:
+                fill = 0.0 if self.zeros_after_softmax else 1.0 / probs_BLV.shape[-1]
+                other_BLV = torch.full_like(probs_BLV, fill)
+            else:
+                other_BLV = self._logits(previous, probs_BLV.shape[-1]).softmax(dim=-1)
             return embed(self._mix(probs_BLV, other_BLV), weight_VH)
-        noised_BLH = embed(probs_BLV, weight_VH)
+        noised_BLH = simplex.embedding(weight_VH)
         if previous is None:
             other_BLH = self._absent(weight_VH).expand_as(noised_BLH)
         else:
-            other_BLH = embed(self._probabilities(previous, probs_BLV), weight_VH)
+            other_BLV = self._logits(previous, len(weight_VH)).softmax(dim=-1)
+            other_BLH = embed(other_BLV, weight_VH)
         if self.deepmind:
             return self.join(noised_BLH, other_BLH, clean_BLH, noised_BL)
         if self.concatenates:
@@ -118,12 +124,6 @@ class SelfConditioning(nn.Module):
             one_hot_BLV = F.one_hot(ids_BL, vocab_size).float()
             return self.simplex_value * (2 * one_hot_BLV - 1)
         return previous.float()
-
-    def _probabilities(self, previous: Tensor | None, like_BLV: Tensor) -> Tensor:
-        if previous is None:
-            fill = 0.0 if self.zeros_after_softmax else 1.0 / like_BLV.shape[-1]
-            return torch.full_like(like_BLV, fill)
-        return self._logits(previous, like_BLV.shape[-1]).softmax(dim=-1)
 
     def _absent(self, weight_VH: Tensor) -> Tensor:
         """The embedding of a missing prediction, [H]."""

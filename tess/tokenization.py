@@ -79,7 +79,7 @@ def load_tokenizer(
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = None) -> None:
-    """Refuse a tokenizer without pad or eos, or with more ids than `vocab_size`.
+    """Refuse a tokenizer without pad or eos, or with another number of ids than `vocab_size`.
 
     Raises:
         UserError: saying what is missing, or both sizes.
@@ -89,7 +89,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int | None =
             raise UserError(
                 f"the tokenizer {tokenizer.name_or_path!r} has no {role}, which every text needs"
             )
-    if vocab_size is not None and len(tokenizer) > vocab_size:
+    if vocab_size is not None and len(tokenizer) != vocab_size:
         raise UserError(
             f"vocabulary mismatch: the tokenizer has {len(tokenizer)} ids and the model's "
             f"vocab_size is {vocab_size}"
@@ -139,47 +139,46 @@ def _cut(ids: Sequence[int], max_length: int | None, reserved: int) -> list[int]
     return list(ids[: max_length - reserved])
 
 
-def encode_source(
+def encode_sources(
     tokenizer: PreTrainedTokenizerBase,
-    text: str,
+    texts: Sequence[str],
     max_length: int | None = None,
     strict: bool = False,
-) -> list[int]:
-    """Source ids of one text, `<s> source </s>`.
-
-    A text longer than `max_length` (counted with the special tokens) is cut with a warning.
+) -> list[list[int]]:
+    """Source ids of each text, `<s> source </s>`; too long ones are cut as by `cut_sources`.
 
     Raises:
         UserError: for an empty text, and with `strict` for one that is too long.
     """
-    if not text.strip():
+    if not all(text.strip() for text in texts):
         raise UserError("expected a text, got an empty one (or only white space)")
-    (ids,) = encode_texts(tokenizer, [text])
-    return cut_source(source_layout(tokenizer, ids), max_length, strict)
+    rows = [source_layout(tokenizer, ids) for ids in encode_texts(tokenizer, texts)]
+    return cut_sources(rows, max_length, strict)
 
 
-def cut_source(ids: Sequence[int], max_length: int | None, strict: bool = False) -> list[int]:
-    """Source ids of at most `max_length`, the last one (`</s>`) kept; cutting is warned of.
+def cut_sources(
+    rows: Sequence[Sequence[int]], max_length: int | None, strict: bool = False
+) -> list[list[int]]:
+    """Source ids of at most `max_length` each, the last one (`</s>`) kept; one warning counts cuts.
 
     Raises:
-        UserError: with `strict`, for a source that is too long.
+        UserError: with `strict`, for the first source that is too long.
     """
-    if max_length is None or len(ids) <= max_length:
-        return list(ids)
+    lengths = [len(row) for row in rows]
+    if max_length is None or max(lengths, default=0) <= max_length:
+        return [list(row) for row in rows]
     if strict:
-        raise UserError(f"the source has {len(ids)} tokens and the model takes {max_length}")
+        number, length = next((i, n) for i, n in enumerate(lengths, 1) if n > max_length)
+        raise UserError(
+            f"source {number} of {len(rows)} has {length} tokens and the model takes {max_length}"
+        )
     logger.warning(
-        "the source has %d tokens and the model takes %d; the end was cut off", len(ids), max_length
+        "%d of %d sources have up to %d tokens and the model takes %d; their ends were cut off",
+        *(sum(n > max_length for n in lengths), len(rows), max(lengths), max_length),
     )
-    return [*ids[: max_length - 1], ids[-1]]
-
-
-def encode_target(
-    tokenizer: PreTrainedTokenizerBase, text: str, max_length: int | None = None
-) -> list[int]:
-    """Target ids of one text, `target </s>`, cut to `max_length`."""
-    (ids,) = encode_texts(tokenizer, [text])
-    return target_layout(tokenizer, ids, max_length)
+    return [
+        [*row[: max_length - 1], row[-1]] if len(row) > max_length else list(row) for row in rows
+    ]
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:

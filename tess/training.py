@@ -15,7 +15,7 @@ from tess.errors import UserError
 from tess.initialization import build_parts, store_limits
 from tess.objectives import ar_loss, tess_loss
 from tess.sample_printer import PrintSamples
-from tess.saving import Parts, load_parts, replaced_folder, save_parts
+from tess.saving import Parts, kind_of, load_parts, replaced_folder, save_parts
 from tess.trainer import TRAINER_STATE_FILE, TextTrainer
 from tess.training_data import BucketSampler, TokenRows
 from tess.training_texts import load_data, warn_of_cuts, without_long
@@ -41,24 +41,28 @@ def train(settings: Settings) -> Path:
     output_dir = Path(args.output_dir)
     last = get_last_checkpoint(args.output_dir) if output_dir.is_dir() else None
     _record_settings(settings, resumed=last is not None)
+    final = output_dir / FINAL_FOLDER
+    finished = last is not None and _is_finished(Path(last), settings)
+    if finished and kind_of(final) and final.stat().st_mtime >= Path(last).stat().st_mtime:
+        print(f"{final} is the end of this run already")
+        return final
     set_seed(args.seed)
     parts = load_parts(last) if last else build_parts(settings, train_texts)
     rows = TokenRows(parts.tokenizer, *zip(*train_texts, strict=True), seed=args.seed)
     eval_rows = None
     if eval_texts:
         eval_rows = TokenRows(parts.tokenizer, *zip(*eval_texts, strict=True), seed=args.seed + 1)
-    if not last:
-        store_limits(parts, settings, rows)
     if settings.data.long_rows == "drop":
         rows = without_long(rows, settings.data)
+    if not last:
+        store_limits(parts, settings, rows)
     warn_of_cuts(rows, settings.data)
     trainer = make_trainer(settings, parts, rows, eval_rows)
-    if last and _is_finished(Path(last), settings):
+    if finished:
         print(f"{last} is the end of this run already")
-        trainer._load_from_checkpoint(last)
+        trainer._load_from_checkpoint(str(_result_of(Path(last), settings)))
     else:
         trainer.train(resume_from_checkpoint=last)
-    final = output_dir / FINAL_FOLDER
     if trainer.is_world_process_zero():
         save_final(trainer, final, getattr(torch, settings.run.save_dtype))
     return final
@@ -113,7 +117,7 @@ def make_collator(settings: Settings, parts: Parts) -> Collator:
     canvas = Canvas()
     if parts.scheduler is not None:
         canvas = Canvas(
-            pad_loss_weight=diffusion.pad_loss_weight,
+            pad_loss_weight=config.pad_loss_weight,
             extent=diffusion.canvas,
             length_ratio=config.target_length_ratio,
             length_margin=config.target_length_margin,
@@ -187,6 +191,15 @@ def _record_settings(settings: Settings, resumed: bool) -> None:
         path.write_text(json.dumps(now, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"cannot write to --output_dir {path.parent}: {error.strerror}") from error
+
+
+def _result_of(checkpoint: Path, settings: Settings) -> Path:
+    """The checkpoint that a run which ended with `checkpoint` is to ship."""
+    state = json.loads((checkpoint / TRAINER_STATE_FILE).read_text())
+    best = state.get("best_model_checkpoint")
+    if not (settings.training.load_best_model_at_end and best):
+        return checkpoint
+    return checkpoint.with_name(Path(best).name)
 
 
 def _is_finished(checkpoint: Path, settings: Settings) -> bool:

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +15,10 @@ import torch
 from tess.backbones.config import HybridConfig
 from tess.backbones.hybrid import HybridForCausalLM
 from tess.config import TessConfig
-from tess.decoders import load_decoder
+from tess.decoders import _KeyedNucleus, load_decoder, make_decoder
 from tess.denoiser import TessDenoiser
 from tess.errors import UserError
+from tess.pipeline import TessPipelineOutput
 from tess.saving import Parts, load_parts, save_parts
 from tess.schedulers.renoising import RenoisingScheduler
 from tess.tokenization import train_tokenizer
@@ -76,6 +79,69 @@ def test_seeds_lengths_and_counts(checkpoints, name):
     assert torch.equal(state, torch.random.get_rng_state())
 
 
+@pytest.mark.parametrize("name", ["tess", "ar"])
+def test_sampled_texts_do_not_depend_on_batch_or_order(checkpoints, name):
+    decoder = load_decoder(checkpoints, name)
+    texts = [*TEXTS, "a cat", "a cat"]
+    options = {"top_p": 0.9, "temperature": 1.5}
+    together = decoder.generate(texts, **options)
+    assert len({generation.text for generation in (together[0], *together[4:])}) > 1
+    for batch_size in (1, 2, 5):
+        assert decoder.generate(texts, batch_size=batch_size, **options) == together
+    assert decoder.generate(TEXTS[::-1], **options)[::-1] == together[:4]
+
+
+def test_the_text_of_an_equal_source_does_not_depend_on_the_batches(checkpoints):
+    decoder = load_decoder(checkpoints, "tess")
+    together = decoder.generate(["a cat"] * 5, batch_size=5)
+    assert len({generation.text for generation in together}) > 1
+    assert decoder.generate(["a cat"] * 5, batch_size=2) == together
+
+
+def test_keyed_sampling_has_the_nucleus_distribution():
+    probabilities = torch.tensor([0.1, 0.4, 0.2, 0.3])
+    rows = 4000
+    keys = torch.randint(2**62, (rows,))
+    scores = probabilities.log().expand(rows, -1)
+    left = _KeyedNucleus(keys, 3, top_p=0.8, temperature=1.0)(torch.zeros(rows, 5), scores)
+    assert torch.equal(left.isfinite().sum(dim=1), torch.ones(rows, dtype=torch.long))
+    share = left.argmax(dim=1).bincount(minlength=4) / rows
+    torch.testing.assert_close(share, torch.tensor([0, 4, 2, 3]) / 9, atol=0.03, rtol=0)
+
+
+def test_padding_is_not_counted_wherever_it_stands(checkpoints, monkeypatch):
+    decoder = load_decoder(checkpoints, "tess")
+    rows = torch.tensor([[5, 0, 6, 2, 0, 0], [0, 5, 0, 6, 0, 0]])
+    output = TessPipelineOutput(sequences=rows, texts=None, nfe=[3, 3])
+
+    class Fixed:
+        def __call__(self, **options):
+            return output
+
+        def target_lengths(self, sources, gen_length):
+            return [6, 4]
+
+    decoder.pipeline = Fixed()
+    written = decoder.generate(["a cat", "a cat"], num_inference_steps=3)
+    assert [g.token_ids for g in written] == [[5, 6, 2], [5, 6]]
+    assert [(g.num_new_tokens, g.nfe) for g in written] == [(3, 3), (2, 3)]
+    # With one token for both roles the first is the end and what follows the canvas is not.
+    decoder.tokenizer.pad_token = decoder.tokenizer.eos_token
+    output.sequences = torch.tensor([[5, 6, 2, 2, 2, 2], [5, 6, 7, 8, 2, 2]])
+    written = decoder.generate(["a cat", "a cat"], num_inference_steps=3)
+    assert [g.token_ids for g in written] == [[5, 6, 2], [5, 6, 7, 8]]
+
+
+def test_default_steps_fit_a_scheduler_with_few(checkpoints):
+    parts = load_parts(checkpoints / "tess")
+    few = dataclasses.replace(parts, scheduler=RenoisingScheduler(num_train_timesteps=5))
+    decoder = make_decoder(few)
+    assert decoder.default_num_inference_steps == 5
+    assert decoder.generate(["a cat"])[0].nfe == 5
+    assert make_decoder(parts).default_num_inference_steps == 16
+    assert load_decoder(checkpoints, "ar").default_num_inference_steps is None
+
+
 def test_the_right_decoder_is_found(checkpoints, tmp_path):
     assert load_decoder(checkpoints).name == "tess"
     assert load_decoder(checkpoints / "ar").name == "ar"
@@ -101,6 +167,7 @@ def test_the_right_decoder_is_found(checkpoints, tmp_path):
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"top_p": 1.5}, "top_p must be above 0 and at most 1"),
         ({"temperature": 0.0}, "temperature must be above 0"),
+        ({"temperature": 0.7}, "temperature 0.7 does nothing without top_p"),
         ({"num_inference_steps": 0}, "num_inference_steps"),
         ({"num_inference_steps": 5001}, "num_inference_steps"),
     ],
@@ -129,6 +196,42 @@ def test_a_tokenizer_that_does_not_fit_is_refused(checkpoints, tmp_path):
     save_parts(dataclasses.replace(parts, tokenizer=larger), tmp_path)
     with pytest.raises(UserError, match="vocabulary mismatch: the tokenizer has 2.. ids"):
         load_decoder(tmp_path)
+    save_parts(dataclasses.replace(parts, tokenizer=train_tokenizer(TEXTS, 261)), tmp_path)
+    with pytest.raises(UserError, match="vocabulary mismatch: the tokenizer has 261 ids"):
+        load_decoder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value", "message"),
+    [
+        ("model_index.json", "scheduler", ["diffusers", "DDIMScheduler"], "unknown scheduler 'DDI"),
+        ("scheduler/scheduler_config.json", "_class_name", "None", "unknown scheduler 'None'"),
+        ("denoiser/config.json", "model_type", "bert", "unknown model_type 'bert'; known"),
+        ("denoiser/config.json", "max_source_length", "16", "'max_source_length' expected int"),
+        ("denoiser/config.json", "source_encoding", "odd", "source_encoding must be one of"),
+    ],
+)
+def test_what_a_tess_folder_names_must_be_known(checkpoints, tmp_path, file, key, value, message):
+    shutil.copytree(checkpoints / "tess", tmp_path / "tess")
+    path = tmp_path / "tess" / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(UserError) as caught:
+        load_decoder(tmp_path / "tess")
+    assert message in str(caught.value) and str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    if "scheduler" in message:
+        assert "known are RenoisingScheduler" in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [5, "wide", None])
+def test_a_wrong_typed_field_of_an_ar_folder_is_named(checkpoints, tmp_path, value):
+    shutil.copytree(checkpoints / "ar", tmp_path / "ar")
+    path = tmp_path / "ar" / "config.json"
+    key = "hybrid_override_pattern" if value == 5 else "hidden_size"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(UserError, match="ar/config.json cannot be used: .*") as caught:
+        load_decoder(tmp_path / "ar")
+    assert key in str(caught.value) and "\n" not in str(caught.value)
 
 
 # Scripts
@@ -233,7 +336,11 @@ def test_help_is_useful(name, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
     with pytest.raises(SystemExit) as caught:
         runpy.run_path(str(SCRIPTS / f"{name}.py"), run_name="__main__")
-    assert caught.value.code == 0 and "--seed" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert caught.value.code == 0 and "--seed" in shown
+    if name == "generate":
+        for key in ("load_seconds", "generate_seconds", "results"):
+            assert re.search(rf"^  {key} +\w", shown, re.MULTILINE), key
 
 
 def test_generate_warns_of_a_long_text(checkpoints):

@@ -8,8 +8,8 @@ import torch
 from tess.backbones.config import HybridConfig
 from tess.config import MIXING, SELF_CONDITIONING, TessConfig
 from tess.denoiser import TessDenoiser
-from tess.errors import UserError
 from tess.schedulers.renoising import RenoisingScheduler
+from tess.schedulers.simplex import DenseSimplex
 from tess.self_conditioning import SelfConditioning
 
 V, H, K = 40, 32, 5.0
@@ -108,7 +108,7 @@ def test_mixed_embedding_has_the_values_of_the_formula(kind, mix, zeros, absent)
     )
     x, weight = 2 * torch.randn(2, 3, V), torch.randn(V, H)
     previous = None if absent else 3 * torch.randn(2, 3, V)
-    got = SelfConditioning(config)(x, previous, weight)
+    got = SelfConditioning(config)(DenseSimplex(x), previous, weight)
     expected = mixed_embedding(
         kind, mix, x.double(), None if absent else previous.double(), weight.double(), zeros
     )
@@ -134,7 +134,8 @@ def test_concatenated_embedding_has_the_values_of_the_formula(kind, mlp):
     if mlp:
         gelu = expected * 0.5 * (1 + torch.erf(expected / math.sqrt(2)))
         expected = gelu @ layers[1].weight.double().T
-    torch.testing.assert_close(module(x, previous, weight).double(), expected, rtol=1e-4, atol=1e-5)
+    got = module(DenseSimplex(x), previous, weight)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_deepmind_embedding_has_the_values_of_the_formula():
@@ -150,7 +151,7 @@ def test_deepmind_embedding_has_the_values_of_the_formula():
     m = is_noised[..., None].double().expand(2, 3, H)
     joined = torch.cat([a * m, clean.double() * (1 - m), b * m, m], dim=-1)
     expected = joined @ module.projection.weight.double().T
-    got = module(x, previous, weight, clean, is_noised)
+    got = module(DenseSimplex(x), previous, weight, clean, is_noised)
     torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -159,6 +160,7 @@ def test_projection_kinds_take_tokens_as_well_as_logits():
         config = TessConfig(backbone_config=backbone(), self_conditioning=kind)
         module = SelfConditioning(config)
         x, previous, weight = torch.randn(2, 3, V), torch.randn(2, 3, V), torch.randn(V, H)
+        x = DenseSimplex(x)
         assert torch.equal(module(x, previous, weight), module(x, previous.argmax(-1), weight))
 
 
@@ -381,3 +383,28 @@ def test_a_canvas_beyond_the_learned_positions_is_refused():
             torch.tensor([0.5]),
             clean_ids=torch.zeros(1, 4, dtype=torch.long),
         )
+
+
+@pytest.mark.parametrize(
+    ("settings", "absent", "dense"),
+    [
+        ({"self_conditioning": None}, True, False),
+        ({"self_conditioning": "logits_mean"}, True, False),
+        ({"self_conditioning": "logits"}, False, False),
+        ({"self_conditioning": "logits_mean"}, False, True),
+    ],
+)
+def test_only_kinds_that_mix_over_the_vocabulary_ask_for_the_dense_simplex(settings, absent, dense):
+    class Watched(DenseSimplex):
+        def probabilities(self):
+            asked.append(True)
+            return super().probabilities()
+
+        def embedding(self, weight_VH):
+            return DenseSimplex(self.values).embedding(weight_VH)
+
+    asked = []
+    module = SelfConditioning(TessConfig(backbone_config=backbone(), **settings))
+    simplex, weight = Watched(torch.randn(2, 3, V)), torch.randn(V, H)
+    module(simplex, None if absent else torch.randn(2, 3, V), weight)
+    assert bool(asked) == dense

@@ -33,6 +33,7 @@ class FirstWords:
 
     name = "tess"
     num_parameters = 1234
+    default_num_inference_steps = 16
 
     def __init__(self):
         self.calls = []
@@ -70,6 +71,17 @@ def test_report_has_the_documented_keys_and_both_columns():
     sources, options = decoder.calls[0]
     assert sources == [example.source for example in EXAMPLES]
     assert options["seed"] == 3 and options["num_inference_steps"] == 7
+    assert report["num_inference_steps"] == 7 and options["strict"] is False
+
+
+def test_report_has_the_number_of_steps_that_were_run():
+    decoder = FirstWords()
+    report = evaluate(decoder, EXAMPLES, checkpoint="c", data=DATA).report
+    assert report["num_inference_steps"] == 16
+    assert decoder.calls[0][1]["num_inference_steps"] == 16
+    decoder.default_num_inference_steps = None
+    report = evaluate(decoder, EXAMPLES, checkpoint="c", data=DATA).report
+    assert report["num_inference_steps"] is None
 
 
 def test_every_key_of_the_report_is_in_the_documentation():
@@ -156,6 +168,13 @@ def test_script_evaluates_a_file_with_renamed_columns(script, tmp_path):
     )
     prediction = json.loads((tmp_path / "predictions.jsonl").read_text(encoding="utf-8"))
     assert prediction["prediction"] == "a b"
+
+
+def test_script_passes_strict_on(script, tmp_path):
+    flags = ["--task", "simplification", "--limit", "2", "--checkpoint", "c"]
+    script.main([*flags, "--output_dir", str(tmp_path), "--strict"])
+    script.main([*flags, "--output_dir", str(tmp_path)])
+    assert [options["strict"] for _, options in script.decoder.calls] == [True, False]
 
 
 def test_script_without_a_checkpoint_outside_a_checkout_asks_for_one(script, tmp_path, monkeypatch):

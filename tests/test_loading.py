@@ -84,6 +84,7 @@ def test_columns_can_have_other_names(tmp_path):
         ("a.jsonl", b"\n", ["at least one row"]),
         ("a.jsonl.gz", b"not gzip", ["a.jsonl.gz", "gzip"]),
         ("a.jsonl.gz", gzip.compress(b"x" * 999)[:-9], ["gzip"]),
+        ("a.jsonl.gz", gzip.compress(b"x" * 999)[:10] + b"\xff" * 20, ["gzip"]),
         ("a.csv", b"source,target\na,b\nc\n", ["line 3", "2 fields", "found 1"]),
         ("a.csv", b'source,target\na,"b\n', ["line 2", "CSV"]),
         ("a.csv", b"source;target\na;b\n", ["'source'", "source;target"]),

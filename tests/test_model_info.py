@@ -1,6 +1,7 @@
 """Sizes of a checkpoint from its config, against counts by hand and a released model's figure."""
 
 import json
+import re
 import runpy
 from pathlib import Path
 
@@ -33,6 +34,13 @@ def script(name, arguments):
     runpy.run_path(str(SCRIPTS / f"{name}.py"))["main"](arguments)
 
 
+def words_of_help(name, capsys):
+    """Every word of a script's --help."""
+    with pytest.raises(SystemExit):
+        script(name, ["--help"])
+    return set(re.findall(r"\w+", capsys.readouterr().out))
+
+
 def test_counts_of_a_tiny_model_by_hand(tmp_path):
     HybridForCausalLM(HybridConfig(**TINY)).save_pretrained(tmp_path)
     (found,) = describe(tmp_path)
@@ -59,7 +67,9 @@ def test_the_released_nano_30b_has_its_published_number_of_parameters():
 def test_script_prints_json_and_refuses_other_folders(tmp_path, capsys):
     HybridForCausalLM(HybridConfig(**TINY)).save_pretrained(tmp_path / "ar")
     script("model_info", [str(tmp_path), "--json"])
-    assert json.loads(capsys.readouterr().out)[0]["pattern"] == "M*E"
+    (found,) = json.loads(capsys.readouterr().out)
+    assert found["pattern"] == "M*E"
+    assert set(found) <= words_of_help("model_info", capsys)
     script("model_info", [str(tmp_path)])
     assert "pattern M*E" in capsys.readouterr().out
     (tmp_path / "empty").mkdir()
@@ -82,5 +92,7 @@ def test_backbone_benchmark_compares_the_same_function_and_writes_its_figures(tm
     for row in figures["rows"]:
         assert row["ours_ms"] > 0 and row["rival_ms"] > 0 and row["pairs"] == 2
     assert "ratio" in capsys.readouterr().out
+    keys = set(figures) | set(figures["rows"][0]) | set(figures["environment"])
+    assert keys <= words_of_help("benchmark", capsys)
     with pytest.raises(UserError, match="there is no folder"):
         script("benchmark", ["backbone", "--json", str(tmp_path / "no" / "x.json")])

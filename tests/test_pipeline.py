@@ -10,7 +10,7 @@ from tess.backbones.config import HybridConfig
 from tess.config import TessConfig
 from tess.denoiser import TessDenoiser
 from tess.errors import UserError
-from tess.pipeline import TessPipeline, TessPipelineOutput, example_keys
+from tess.pipeline import TessPipeline, TessPipelineOutput, draw_seed, example_keys
 from tess.schedulers.renoising import RenoisingScheduler
 from tess.schedulers.simplex import NoisedSimplex
 from tess.tokenization import train_tokenizer
@@ -115,6 +115,16 @@ def test_keys_follow_from_seed_source_and_occurrence():
     assert not torch.equal(example_keys([[1, 5, 2]], 8), keys[:1])
 
 
+def test_given_keys_stand_for_the_seed(tokenizer):
+    pipeline = make(tokenizer)
+    seed = draw_seed(seeded())
+    sources = [[1, *tokenizer(PROMPTS[0], add_special_tokens=False)["input_ids"], 2]] * 3
+    keys = example_keys(sources, seed)
+    together = run(pipeline, None, input_ids=sources)
+    last = pipeline(input_ids=sources[2:], num_inference_steps=6, keys=keys[2:])
+    assert last.texts == together.texts[2:] != together.texts[:1]
+
+
 # --- what comes out ---
 
 
@@ -137,10 +147,10 @@ def test_output_is_cut_at_the_first_end_and_counts_evaluations(tokenizer):
 def test_canvas_length_follows_the_rule_of_each_example(tokenizer):
     pipeline = make(tokenizer)
     sources = [[1, *range(10, 10 + n), 2] for n in (1, 8, 30)]
-    assert pipeline._target_lengths(sources, None) == [6, 11, 24]  # ceil(.8 n) + 3, at most 24
-    assert pipeline._target_lengths(sources, 7) == [7, 7, 7]
+    assert pipeline.target_lengths(sources, None) == [6, 11, 24]  # ceil(.8 n) + 3, at most 24
+    assert pipeline.target_lengths(sources, 7) == [7, 7, 7]
     plain = make(tokenizer, target_length_ratio=None)
-    assert plain._target_lengths(sources, None) == [24] * 3
+    assert plain.target_lengths(sources, None) == [24] * 3
 
 
 def test_ids_may_stand_for_the_prompt_padded_or_not(tokenizer):
@@ -237,6 +247,24 @@ def test_pipeline_comes_back_from_its_folder(tokenizer, tmp_path):
     assert run(loaded, PROMPTS).texts == run(pipeline, PROMPTS).texts
 
 
+def test_loaded_weights_are_float32_unless_another_type_is_named(tokenizer, tmp_path):
+    pipeline = make(tokenizer)
+    pipeline.denoiser.to(torch.bfloat16)
+    pipeline.save_pretrained(tmp_path)
+    assert TessPipeline.from_pretrained(tmp_path).denoiser.dtype == torch.float32
+    for name in ("dtype", "torch_dtype"):
+        loaded = TessPipeline.from_pretrained(tmp_path, **{name: torch.bfloat16})
+        assert loaded.denoiser.dtype == torch.bfloat16
+
+
+def test_default_steps_are_16_or_all_training_steps(tokenizer):
+    pipeline = make(tokenizer)
+    assert pipeline("a dog").nfe == [16]
+    few = TessPipeline(pipeline.denoiser, RenoisingScheduler(num_train_timesteps=5), tokenizer)
+    few.set_progress_bar_config(disable=True)
+    assert few("a dog").nfe == [5]
+
+
 def test_pipeline_with_a_broken_denoiser_is_refused_by_name(tokenizer, tmp_path):
     make(tokenizer).save_pretrained(tmp_path)
     other = make(tokenizer, num_target_positions=0).denoiser
@@ -278,7 +306,10 @@ def test_components_must_fit_each_other(tokenizer):
         ({"prompt": "a", "num_inference_steps": 5001}, "from 1 to 5000.*got 5001"),
         ({"prompt": "a", "guidance_scale": 0.5}, "guidance_scale must be at least 1"),
         ({"prompt": "a", "guidance_scale": float("nan")}, "guidance_scale must be at least 1"),
-        ({"prompt": "a", "top_p": 1.5}, r"top_p must be in \(0, 1\]"),
+        ({"prompt": "a", "top_p": 1.5}, "top_p must be above 0 and at most 1"),
+        ({"prompt": "a", "temperature": 0.0}, "temperature must be above 0"),
+        ({"prompt": "a", "temperature": 0.7}, "temperature 0.7 does nothing without top_p"),
+        ({"prompt": "a", "num_inference_steps": 2.5}, "must be an integer, got 2.5"),
         ({"prompt": "a", "output_type": "list"}, "output_type must be 'text' or 'seq'"),
         (
             {"prompt": "a", "callback_on_step_end_tensor_inputs": ["latents"]},

@@ -5,9 +5,12 @@ import shlex
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import pytest
+
+from tess.arguments import parse_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -96,6 +99,14 @@ def test_the_tree_names_every_module_and_nothing_else():
     assert all((ROOT / path).exists() for path in shown)
 
 
+@cache
+def flags_of(script: str) -> set[str]:
+    command = [sys.executable, ROOT / "scripts" / f"{script}.py", "--help"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return set(re.findall(r"--\w+", run.stdout))
+
+
 @pytest.mark.parametrize("script", ["generate", "evaluate", "train"])
 def test_every_flag_that_the_readme_shows_is_in_the_help(script):
     shown = set()
@@ -103,7 +114,27 @@ def test_every_flag_that_the_readme_shows_is_in_the_help(script):
         for line in block.splitlines():
             if f"scripts/{script}.py" in line:
                 shown |= set(re.findall(r"--\w+", line.split(f"scripts/{script}.py")[1]))
-    command = [sys.executable, ROOT / "scripts" / f"{script}.py", "--help"]
-    run = subprocess.run(command, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert shown <= set(re.findall(r"--\w+", run.stdout))
+    assert shown and shown <= flags_of(script)
+
+
+def test_every_flag_in_the_readme_belongs_to_a_script():
+    known = set().union(*(flags_of(script) for script in ("generate", "evaluate", "train")))
+    assert set(re.findall(r"--\w+", README)) <= known
+
+
+RECIPES = sorted(path.name for path in (ROOT / "scripts" / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_command_in_a_recipe_is_complete(name):
+    """It is accepted as it stands, and evaluates on a file that is in the repository."""
+    lines = (ROOT / "scripts" / "recipes" / name).read_text().splitlines()
+    head = [line.removeprefix("#") for line in lines if line.startswith("#")]
+    start = next(i for i, line in enumerate(head) if "scripts/train.py" in line)
+    command = re.match(r"(.*\\\n)*.*", "\n".join(head[start:]))[0]
+    words = shlex.split(command.replace("\\\n", " ").replace("$PWD", str(ROOT)))
+    assert words[:3] == ["python", "scripts/train.py", f"scripts/recipes/{name}"]
+    data = parse_settings([str(ROOT / words[2]), *words[3:]]).data
+    assert data.task or (data.data_root == "DATA" and data.validation_file)
+    assert all(Path("DATA", file).is_relative_to(ROOT / "tess") for file in data.validation_file)
+    assert all(Path("DATA", file).is_file() for file in data.validation_file)

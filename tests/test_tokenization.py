@@ -57,7 +57,8 @@ def test_round_trip_survives_saving(tokenizer, tmp_path):
         assert tokenization.encode_texts(loaded, [text]) == tokenization.encode_texts(
             tokenizer, [text]
         )
-        assert tokenization.decode(loaded, tokenization.encode_target(loaded, text)) == text
+        (ids,) = tokenization.encode_sources(loaded, [text])
+        assert tokenization.decode(loaded, ids[1:]) == text
 
 
 def test_training_is_deterministic_across_processes(tokenizer):
@@ -75,25 +76,31 @@ def test_training_is_deterministic_across_processes(tokenizer):
 
 
 def test_layout_and_truncation_keep_the_end_token(tokenizer):
-    source = tokenization.encode_source(tokenizer, TEXTS[1])
-    target = tokenization.encode_target(tokenizer, TEXTS[1])
+    (source,) = tokenization.encode_sources(tokenizer, [TEXTS[1]])
+    (ids,) = tokenization.encode_texts(tokenizer, [TEXTS[1]])
+    target = tokenization.target_layout(tokenizer, ids)
     assert source == [1, *target]
-    assert target[-1] == 2
-    assert tokenization.encode_source(tokenizer, TEXTS[1], max_length=6) == source[:5] + [2]
-    assert tokenization.encode_target(tokenizer, TEXTS[1], max_length=6) == target[:5] + [2]
+    assert target == [*ids, 2]
+    assert tokenization.encode_sources(tokenizer, [TEXTS[1]], max_length=6) == [source[:5] + [2]]
+    assert tokenization.target_layout(tokenizer, ids, max_length=6) == target[:5] + [2]
 
 
-def test_long_text_is_cut_with_a_warning_or_refused(tokenizer, caplog):
-    tokenization.encode_source(tokenizer, TEXTS[1], max_length=6)
-    assert "the end was cut off" in caplog.text
-    with pytest.raises(UserError, match="the model takes 6"):
-        tokenization.encode_source(tokenizer, TEXTS[1], max_length=6, strict=True)
+def test_long_texts_are_cut_with_one_warning_or_refused(tokenizer, caplog):
+    texts = [TEXTS[1], "a", TEXTS[0]]
+    longest = len(tokenization.encode_sources(tokenizer, texts)[0])
+    rows = tokenization.encode_sources(tokenizer, texts, max_length=6)
+    assert [len(row) for row in rows] == [6, 3, 6]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"2 of 3 sources have up to {longest} tokens and the model takes 6; their ends were cut off"
+    ]
+    with pytest.raises(UserError, match="source 1 of 3 has .* tokens and the model takes 6"):
+        tokenization.encode_sources(tokenizer, texts, max_length=6, strict=True)
 
 
 @pytest.mark.parametrize("text", ["", "  \n\t"])
 def test_empty_text_is_refused(tokenizer, text):
     with pytest.raises(UserError, match="empty"):
-        tokenization.encode_source(tokenizer, text)
+        tokenization.encode_sources(tokenizer, ["a", text])
 
 
 def test_decode_stops_at_the_end_token(tokenizer):
@@ -104,6 +111,8 @@ def test_decode_stops_at_the_end_token(tokenizer):
 def test_unfit_tokenizers_are_refused(tokenizer, tmp_path):
     with pytest.raises(UserError, match="300 ids and the model's vocab_size is 299"):
         tokenization.check_tokenizer(tokenizer, 299)
+    with pytest.raises(UserError, match="300 ids and the model's vocab_size is 301"):
+        tokenization.check_tokenizer(tokenizer, 301)
     with pytest.raises(UserError, match="at least 261, got 260|at least 261 .*got 260"):
         tokenization.train_tokenizer(TEXTS, 260)
     with pytest.raises(UserError, match="no tokenizer could be loaded"):

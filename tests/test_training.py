@@ -1,6 +1,7 @@
 """Training runs: learning, exact resuming, settings, safe saving, bad input."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -13,7 +14,7 @@ from tess.decoders import load_decoder
 from tess.errors import UserError
 from tess.saving import load_parts
 from tess.tokenization import train_tokenizer
-from tess.training import train
+from tess.training import make_collator, train
 
 TINY = {
     "task": "simplification",
@@ -40,8 +41,10 @@ TINY = {
     "max_train_samples": 24,
     "max_eval_samples": 4,
     "learning_rate": 1e-3,
+    "warmup_steps": 0,
     "logging_steps": 1,
     "save_strategy": "no",
+    "save_total_limit": 0,
     "num_samples_to_print": 0,
     "disable_tqdm": True,
     "use_cpu": True,
@@ -112,6 +115,17 @@ def test_a_finished_run_is_not_trained_again(tmp_path, capsys):
     run(tmp_path, **changes)
     assert "is the end of this run already" in capsys.readouterr().out
     assert (final / "denoiser" / "model.safetensors").read_bytes() == before
+
+
+def test_a_finished_run_whose_result_is_lost_or_old_writes_it_again(tmp_path):
+    changes = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    final, _ = run(tmp_path, **changes)
+    shutil.rmtree(final)
+    run(tmp_path, **changes)
+    assert load_parts(final)
+    os.utime(final, (0, 0))  # of an earlier, shorter run
+    run(tmp_path, **changes)
+    assert final.stat().st_mtime > 0
 
 
 @pytest.mark.parametrize("objective", ["tess", "ar"])
@@ -208,18 +222,57 @@ def test_a_text_file_trains_without_sources(tmp_path):
 
 def test_the_best_checkpoint_is_kept_and_becomes_the_result(tmp_path):
     # The rate is absurd after the first step, so the first checkpoint is the best one.
-    final, _ = run(
-        tmp_path, max_steps=6, save_strategy="steps", eval_strategy="steps", save_steps=2,
-        eval_steps=2, learning_rate=30.0, warmup_steps=100, load_best_model_at_end=True,
-        metric_for_best_model="loss",
-        save_total_limit=2,
-    )  # fmt: skip
+    changes = {
+        "max_steps": 6, "save_strategy": "steps", "eval_strategy": "steps", "save_steps": 2,
+        "eval_steps": 2, "learning_rate": 30.0, "warmup_steps": 100,
+        "load_best_model_at_end": True, "metric_for_best_model": "loss", "save_total_limit": 2,
+    }  # fmt: skip
+    final, _ = run(tmp_path, **changes)
     names = sorted(path.name for path in final.parent.glob("checkpoint-*"))
     assert names == ["checkpoint-2", "checkpoint-6"]
     state = json.loads((final.parent / "checkpoint-6" / "trainer_state.json").read_text())
     assert state["best_model_checkpoint"] == str(final.parent / "checkpoint-2")
     one, other = load_parts(final).model, load_parts(final.parent / "checkpoint-2").model
     assert torch.equal(one.backbone.embeddings.weight, other.backbone.embeddings.weight)
+    # The same command again leaves it alone, and writes the same where it is gone.
+    for lost in (False, True):
+        if lost:
+            shutil.rmtree(final)
+        run(tmp_path, **changes)
+        again = load_parts(final).model.backbone.embeddings.weight
+        assert torch.equal(again, other.backbone.embeddings.weight)
+
+
+def test_unset_settings_of_the_process_are_those_of_the_checkpoint(tmp_path):
+    process = {
+        "num_diffusion_steps": 7, "beta_schedule": "squaredcos_cap_v2", "cosine_s": 0.008,
+        "pad_loss_weight": 0.25, "simplex_value": 3.0,
+    }  # fmt: skip
+    first, _ = run(tmp_path, "first", max_steps=1, **process)
+    flags = {"init_from": str(first), "max_steps": 1, **NO_SIZES}
+    kept, _ = run(tmp_path, "kept", **flags)
+    changed, _ = run(tmp_path, "changed", cosine_s=0.1, pad_loss_weight=0.0, **flags)
+    new, _ = run(tmp_path, "new", max_steps=1)
+
+    def values(folder):
+        parts = load_parts(folder)
+        own = parts.scheduler.config
+        names = ("num_train_timesteps", "beta_schedule", "cosine_s", "simplex_value")
+        return [getattr(own, name) for name in names], parts.model.config.pad_loss_weight
+
+    assert values(kept) == ([7, "squaredcos_cap_v2", 0.008, 3.0], 0.25)
+    assert values(changed) == ([7, "squaredcos_cap_v2", 0.1, 3.0], 0.0)
+    assert values(new) == ([5000, "squaredcos_improved_ddpm", 1e-4, 5.0], 0.0)
+    parts = load_parts(kept)
+    settings = parse_settings(["--init_from", "x", "--task", "simplification", "--output_dir", "o"])
+    assert make_collator(settings, parts).canvas.pad_loss_weight == 0.25
+
+
+def test_a_checkpoint_whose_tokenizer_does_not_fit_cannot_be_gone_on_from(tmp_path):
+    final, _ = run(tmp_path, max_steps=1)
+    train_tokenizer(["a b c"] * 5, 262).save_pretrained(final / "tokenizer")
+    with pytest.raises(UserError, match="vocabulary mismatch: the tokenizer has 26. ids"):
+        run(tmp_path, "next", init_from=str(final), max_steps=1, **NO_SIZES)
 
 
 # Settings
@@ -248,6 +301,18 @@ def test_yaml_numbers_without_a_point_are_numbers(tmp_path):
     assert parse_settings([str(tmp_path / "c.yaml")]).training.learning_rate == 1e-4
 
 
+def test_defaults_are_for_a_small_new_model(tmp_path):
+    args = parse_settings(
+        ["--train_file", "my.jsonl", "--train_tokenizer", "--output_dir", str(tmp_path)]
+    ).training
+    assert (args.learning_rate, args.warmup_steps) == (1.5e-3, 100)
+    assert args.lr_scheduler_type == "linear"
+    assert (args.per_device_train_batch_size, args.num_train_epochs, args.max_steps) == (32, 20, -1)
+    assert (args.weight_decay, args.adam_beta2) == (0.01, 0.98)
+    assert (args.logging_steps, args.save_steps, args.save_total_limit) == (50, 200, 2)
+    assert args.report_to == []
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -264,6 +329,8 @@ def test_yaml_numbers_without_a_point_are_numbers(tmp_path):
         ({"vocab_size": 100}, "at least 261"),
         ({"max_target_length": 1}, "max_target_length must be at least 3"),
         ({"ema_decay": 1.5}, "ema_decay must be between 0 and 1"),
+        ({"max_train_samples": 0}, "max_train_samples must be at least 1, got 0"),
+        ({"max_eval_samples": -1}, "max_eval_samples must be at least 1, got -1"),
         ({"mamba_direction": "sideways"}, "mamba_direction must be one of"),
         ({"beta_schedule": "linearr"}, "unknown beta_schedule 'linearr'"),
         ({"self_conditioning": "logits_median"}, "self_conditioning must be one of"),
@@ -297,7 +364,7 @@ def test_unknown_flag_and_missing_file_name_the_problem(tmp_path):
 
 def test_vocabulary_mismatch_is_refused(tmp_path):
     train_tokenizer(["a b c"] * 5, 262).save_pretrained(tmp_path / "tokenizer")
-    with pytest.raises(UserError, match=r"the tokenizer has 26\d ids, --vocab_size is 300"):
+    with pytest.raises(UserError, match=r"the tokenizer has 26\d ids and .* vocab_size is 300"):
         run(tmp_path, train_tokenizer=False, tokenizer=str(tmp_path / "tokenizer"))
 
 
@@ -348,6 +415,16 @@ def test_a_failed_replacement_keeps_the_old_folder(tmp_path):
             raise OSError(28, "No space left on device")
     assert (final / "weights").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["final"]
+
+
+def test_a_folder_moved_aside_by_a_killed_process_comes_back(tmp_path):
+    for name in ("final.old", "checkpoint-2"):
+        (tmp_path / ".saving" / name).mkdir(parents=True)
+    (tmp_path / ".saving" / "final.old" / "weights").write_text("old")
+    with saving.replaced_folder(tmp_path / "checkpoint-4") as folder:
+        (folder / "weights").write_text("new")
+    assert (tmp_path / "final" / "weights").read_text() == "old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-4", "final"]
 
 
 @pytest.mark.parametrize("objective", ["tess", "ar"])

@@ -2,6 +2,7 @@
 
 # B examples, L positions, V vocabulary, H width of the embedding
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -11,12 +12,12 @@ from torch import Tensor
 from tess.kernels import random
 
 
-class Simplex:
+class Simplex(ABC):
     """What a denoiser reads of a noised simplex x."""
 
+    @abstractmethod
     def logits(self) -> Tensor:
         """x itself, [B, L, V] in float32."""
-        raise NotImplementedError
 
     def probabilities(self) -> Tensor:
         """softmax of the simplex over the vocabulary, [B, L, V] in float32."""

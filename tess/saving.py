@@ -149,6 +149,10 @@ def load_parts(folder: str | Path, dtype: torch.dtype = torch.float32) -> Parts:
         raise UserError(
             f"the checkpoint {folder} cannot be read: {' '.join(str(error).split())}"
         ) from error
+    except UserError:
+        raise
+    except ValueError as error:  # strict loading names the tensors
+        raise UserError(str(error)) from error
     check_tokenizer(parts.tokenizer, parts.model.config.vocab_size)
     return parts
 

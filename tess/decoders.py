@@ -1,5 +1,6 @@
 """Ways to write with a checkpoint, behind one call: `tess` (all at once), `ar` (token by token)."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -62,7 +63,7 @@ class Decoder(Protocol):
     ) -> list[Generation]: ...
 
 
-class _BatchedDecoder:
+class _BatchedDecoder(ABC):
     """Checks and encodes texts and runs them in batches of like lengths."""
 
     name: str
@@ -159,9 +160,11 @@ class _BatchedDecoder:
         evaluations = len(written) if nfe is None else nfe
         return Generation(decode(self.tokenizer, kept), kept, len(kept), evaluations)
 
+    @abstractmethod
     def _max_source_length(self) -> int | None:
-        raise NotImplementedError
+        """Tokens of the longest source the checkpoint takes; None: any."""
 
+    @abstractmethod
     def _batch(
         self,
         rows: list[list[int]],
@@ -171,7 +174,7 @@ class _BatchedDecoder:
         top_p: float | None,
         temperature: float,
     ) -> list[Generation]:
-        raise NotImplementedError
+        """Write one text for every row, in one batch."""
 
 
 class TessDecoder(_BatchedDecoder):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from tess.backbones.config import HybridConfig
 from tess.backbones.context import BlockContext
 from tess.kernels.experts import experts, route_tokens
+from tess.kernels.norms import wide_dtype
 
 
 class MLP(nn.Module):
@@ -49,8 +50,10 @@ class Router(nn.Module):
         `real_T` is False at padding, which does not count as load; None: no padding.
         """
         with torch.autocast(hidden_TD.device.type, enabled=False):
-            logits = nn.functional.linear(hidden_TD.float(), self.weight.float())
-            ids, weights = route_tokens(logits, self.e_score_correction_bias.float(), **self.choice)
+            wide = wide_dtype(hidden_TD)
+            logits = nn.functional.linear(hidden_TD.to(wide), self.weight.to(wide))
+            bias_E = self.e_score_correction_bias.to(wide)
+            ids, weights = route_tokens(logits, bias_E, **self.choice)
         if self.training:
             with torch.no_grad():
                 counted = ids if real_T is None else ids[real_T]

@@ -13,7 +13,7 @@ from tess.backbones.cache import MambaState
 from tess.backbones.config import HybridConfig
 from tess.backbones.context import BlockContext
 from tess.kernels.conv import causal_conv1d, next_window
-from tess.kernels.norms import gated_group_rms_norm
+from tess.kernels.norms import gated_group_rms_norm, wide_dtype
 from tess.kernels.ssd import ssd_scan, ssd_step
 
 
@@ -62,7 +62,8 @@ class Mamba2Mixer(nn.Module):
         gate_BLI, conv_in_BLD, dt_BLH = self.in_proj(hidden_BLH).split(
             [self.inner, self.conv_dim, self.heads], dim=-1
         )
-        dt_BLH = F.softplus(dt_BLH.float() + self.dt_bias.float())
+        wide = wide_dtype(dt_BLH)
+        dt_BLH = F.softplus(dt_BLH.to(wide) + self.dt_bias.to(wide))
         if self.limits != (0.0, math.inf):
             dt_BLH = dt_BLH.clamp(*self.limits)
         if context.position_mask is not None:
@@ -85,7 +86,7 @@ class Mamba2Mixer(nn.Module):
         x = x.unflatten(-1, (self.heads, self.width))
         b = b.unflatten(-1, (self.groups, self.states))
         c = c.unflatten(-1, (self.groups, self.states))
-        decay = -self.A_log.float().exp()
+        decay = -self.A_log.to(dt_BLH.dtype).exp()
 
         if state is not None and x.shape[1] == 1:
             y, ssm = ssd_step(x[:, 0], dt_BLH[:, 0], decay, b[:, 0], c[:, 0], state.ssm_state)

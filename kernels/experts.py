@@ -51,11 +51,19 @@ def experts(
     order = flat_ids.argsort(stable=True)
     ends_E = torch.bincount(flat_ids, minlength=num_experts).cumsum(0).to(torch.int32)
     gathered = x_TD[order // top_k]
-    hidden = F.grouped_mm(gathered, up_EFD.to(x_TD.dtype).transpose(-1, -2), offs=ends_E)
-    hidden = hidden.relu().square()
-    out = F.grouped_mm(hidden, down_EDF.to(x_TD.dtype).transpose(-1, -2), offs=ends_E)
+    hidden = _grouped_linear(gathered, up_EFD.to(x_TD.dtype), ends_E).relu().square()
+    out = _grouped_linear(hidden, down_EDF.to(x_TD.dtype), ends_E)
     out = out * weights_TS.flatten()[order, None].to(out.dtype)
     # back to token order, then a sum over the S copies: deterministic, unlike a scatter-add
     unsorted = torch.empty_like(order)
     unsorted[order] = torch.arange(order.numel(), device=order.device)
     return out[unsorted].view(-1, top_k, x_TD.shape[1]).sum(1)
+
+
+def _grouped_linear(x_TI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
+    """x W^T with the expert's own W for each run of rows; run e ends before row ends_E[e]."""
+    if x_TI.dtype != torch.float64:
+        return F.grouped_mm(x_TI, weight_EOI.transpose(-1, -2), offs=ends_E)
+    # grouped_mm has no float64; this is the precision of references, where speed does not count
+    runs = torch.tensor_split(x_TI, ends_E[:-1].long().cpu())
+    return torch.cat([run @ weight_OI.T for run, weight_OI in zip(runs, weight_EOI)])

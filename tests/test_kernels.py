@@ -185,6 +185,14 @@ def test_experts_match_the_loop_with_gradients(tokens):
         assert relative(one, other) < 1e-5
 
 
+def test_experts_in_float64_match_the_loop_to_its_precision():
+    torch.manual_seed(0)
+    x, up, down = (torch.randn(*s).double() for s in ((9, 16), (8, 24, 16), (8, 16, 24)))
+    ids, weights = experts.route_tokens(torch.randn(9, 8).double(), torch.zeros(8).double(), 2)
+    got = experts.experts(x, ids, weights, up, down)
+    assert relative(got, reference.experts(x, ids, weights, up, down)) < 1e-13
+
+
 def test_expert_products_follow_the_token_not_the_batch():
     torch.manual_seed(0)
     x, up, down = torch.randn(30, 16), torch.randn(8, 24, 16), torch.randn(8, 16, 24)

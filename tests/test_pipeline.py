@@ -78,6 +78,9 @@ def run(pipeline: TessPipeline, prompts, **arguments) -> TessPipelineOutput:
 )
 def test_texts_depend_neither_on_the_batch_nor_on_the_order(tokenizer, settings, arguments):
     pipeline = make(tokenizer, **settings)
+    # A random model has near-ties everywhere, which the last bits of a float32 product, different
+    # for every batch shape, can flip; in float64 only a real dependence can change a text.
+    pipeline.denoiser.double()
     together = run(pipeline, PROMPTS, **arguments).texts
     alone = [run(pipeline, prompt, **arguments).texts[0] for prompt in PROMPTS]
     assert together == alone

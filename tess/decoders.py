@@ -5,11 +5,10 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
+from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.utils import logging as transformers_logging
 
 from tess.collators import pad_sources
@@ -40,31 +39,8 @@ class Generation:
     nfe: int
 
 
-class Decoder(Protocol):
-    """A checkpoint and a way to write with it."""
-
-    name: str
-    tokenizer: PreTrainedTokenizerBase
-    num_parameters: int
-    default_num_inference_steps: int | None
-
-    def generate(
-        self,
-        texts: list[str],
-        *,
-        num_inference_steps: int | None = None,
-        gen_length: int | None = None,
-        seed: int = 0,
-        batch_size: int = 8,
-        top_p: float | None = None,
-        temperature: float = 1.0,
-        progress: bool = False,
-        strict: bool = False,
-    ) -> list[Generation]: ...
-
-
-class _BatchedDecoder(ABC):
-    """Checks and encodes texts and runs them in batches of like lengths."""
+class Decoder(ABC):
+    """A checkpoint and a way to write with it: texts are checked, encoded and batched by length."""
 
     name: str
     default_num_inference_steps: int | None = None
@@ -177,7 +153,7 @@ class _BatchedDecoder(ABC):
         """Write one text for every row, in one batch."""
 
 
-class TessDecoder(_BatchedDecoder):
+class TessDecoder(Decoder):
     """All target positions at once, in a fixed number of network evaluations."""
 
     name = "tess"
@@ -230,7 +206,7 @@ class _KeyedNucleus(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter_(1, token_B1, 0.0)
 
 
-class ArDecoder(_BatchedDecoder):
+class ArDecoder(Decoder):
     """One token per network evaluation, through the cache: greedy, or sampled with `top_p`."""
 
     name = "ar"

@@ -18,8 +18,8 @@ from tess.schedulers.simplex import DenseSimplex, NoisedSimplex
 from tess.self_conditioning import SelfConditioning
 
 POSITION_SCALE = 0.6
-"""Initial size of position embeddings, in that of word embeddings. At 1 they drown the soft word
-embeddings, whose likeliest token has a third of the mass at best, and training stalls."""
+"""Initial size of position embeddings, in that of word embeddings: the soft embedding of a noised
+token holds at most about a third of a word embedding (docs/experiments.md)."""
 
 
 class PositionEmbedding(nn.Embedding):

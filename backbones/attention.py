@@ -31,6 +31,8 @@ class Attention(nn.Module):
             projection(hidden_BLH).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
+        if context.record is not None:
+            context.record[self.layer_idx] = KeyValues(key, value)
         cached = context.incoming.get(self.layer_idx)
         if cached is not None:
             key = torch.cat([cached.keys.to(key.dtype), key], dim=2)

@@ -44,6 +44,11 @@ class HybridConfig(PreTrainedConfig):
             `E` mixture of experts. `layers_block_type`, the list form, is accepted instead.
         time_step_limit: clamp on the Mamba step sizes at run time; (0, inf) in every release.
         moe_latent_size: width the routed experts work in (LatentMoE, arXiv 2601.18089), or None.
+        num_nextn_predict_layers: 1 when the checkpoint has a multi-token predictor (MTP), else 0.
+        mtp_hybrid_override_pattern: the predictor's layers, in the same letters;
+            `mtp_layers_block_type`, the list form, is accepted instead.
+        mtp_after_norm_f: the predictor reads the backbone's state after the final norm (as
+            Megatron-LM and vLLM do) or before it.
         mamba_direction: how Mamba layers read a block in denoise and prefix mode: "forward" (from
             the cached state), "bidirectional" (a scan from the block's end is added) or "gated"
             (the same times a per-head gate that starts at zero).
@@ -103,6 +108,10 @@ class HybridConfig(PreTrainedConfig):
     n_group: int = 1
     topk_group: int = 1
 
+    num_nextn_predict_layers: int = 0
+    mtp_hybrid_override_pattern: str = "*E"
+    mtp_after_norm_f: bool = True
+
     def __post_init__(self, **kwargs) -> None:
         kwargs.pop("model_type", None)  # a released file says "nemotron_h"; the class is what it is
         for old, new in _OLD_NAMES.items():
@@ -111,6 +120,8 @@ class HybridConfig(PreTrainedConfig):
         blocks = kwargs.pop("layers_block_type", None) or kwargs.pop("layer_types", None)
         if blocks is not None:
             self.hybrid_override_pattern = pattern_from_blocks(blocks)
+        if (blocks := kwargs.pop("mtp_layers_block_type", None)) is not None:
+            self.mtp_hybrid_override_pattern = pattern_from_blocks(blocks)
         kwargs.pop("num_hidden_layers", None)  # follows from the pattern
         # released files write no upper limit as Infinity or as 1e308, which float32 cannot hold
         self.time_step_limit = tuple(
@@ -144,13 +155,13 @@ class HybridConfig(PreTrainedConfig):
         return self.mamba_inner_size + 2 * self.n_groups * self.ssm_state_size
 
     def _check(self) -> None:
-        pattern = self.hybrid_override_pattern
-        if strange := sorted(set(pattern) - set(MIXERS)):
+        self._check_pattern("hybrid_override_pattern")
+        self._check_pattern("mtp_hybrid_override_pattern")
+        if self.num_nextn_predict_layers not in (0, 1):
             raise ValueError(
-                f"hybrid_override_pattern {pattern!r} has {strange}; layers are {sorted(MIXERS)}"
+                "num_nextn_predict_layers counts the stored MTP blocks, 0 or 1 in every release, "
+                f"got {self.num_nextn_predict_layers}"
             )
-        if not pattern:
-            raise ValueError("hybrid_override_pattern is empty; it needs at least one layer")
         if self.mamba_direction not in MAMBA_DIRECTIONS:
             raise ValueError(
                 f"mamba_direction must be one of {', '.join(MAMBA_DIRECTIONS)}, "
@@ -166,13 +177,23 @@ class HybridConfig(PreTrainedConfig):
         ):
             if whole % part:
                 raise ValueError(f"{name}={part} does not divide the {whole} heads or experts")
-        if "E" in pattern and self.num_experts_per_tok > (
+        used = self.hybrid_override_pattern
+        if self.num_nextn_predict_layers:
+            used += self.mtp_hybrid_override_pattern
+        if "E" in used and self.num_experts_per_tok > (
             self.n_routed_experts // self.n_group * self.topk_group
         ):
             raise ValueError(
                 f"num_experts_per_tok={self.num_experts_per_tok} is more than the "
                 f"{self.n_routed_experts // self.n_group * self.topk_group} experts in reach"
             )
+
+    def _check_pattern(self, name: str) -> None:
+        pattern = getattr(self, name)
+        if strange := sorted(set(pattern) - set(MIXERS)):
+            raise ValueError(f"{name} {pattern!r} has {strange}; layers are {sorted(MIXERS)}")
+        if not pattern:
+            raise ValueError(f"{name} is empty; it needs at least one layer")
 
 
 def pattern_from_blocks(blocks: list[str]) -> str:

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tess.backbones.cache import HybridCache, KeyValues, MambaState
+from tess.backbones.cache import HybridCache, KeyValues, MambaInputs, MambaState
 
-MODES = ("causal", "prefix", "denoise")
+MODES = ("causal", "prefix", "denoise", "verify")
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,8 @@ class BlockContext:
         incoming: each layer's state before the block; empty without a cache.
         update_cache: mixers leave the state after the block in `outgoing`.
         outgoing: the states after the block, per layer.
+        record: what `HybridCache.advance` needs to move past a part of the block, per layer; None
+            unless the mode is "verify".
         position_mask: [B, L] bool, False at padding of the block; None without padding.
         attention_mask: [B or 1, 1, L, S + L] bool for scaled_dot_product_attention, or None.
         is_causal: the plain causal triangle; then attention_mask is None.
@@ -38,6 +40,7 @@ class BlockContext:
     attention_mask: Tensor | None
     is_causal: bool
     outgoing: dict[int, MambaState | KeyValues] = field(default_factory=dict)
+    record: dict[int, MambaInputs | KeyValues] | None = None
 
 
 def make_context(
@@ -47,24 +50,27 @@ def make_context(
 
     Raises:
         ValueError: unknown mode, mask of a wrong shape, right padding where a cache is written,
-            prefix mode on a cache that already holds something, or rows that differ in number.
+            prefix mode on a cache that already holds something, verify mode without one, or rows
+            that differ in number.
     """
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
     batch, length = hidden_BLH.shape[:2]
     seen = cache.get_seq_length() if cache is not None else 0
+    if mode == "verify" and not seen:
+        raise ValueError("verify mode reads a block after a cached text, got no cached position")
     if seen and mode == "prefix":
         raise ValueError(f"prefix mode starts a cache, but this one already holds {seen} positions")
     if seen and cache.batch_size not in (None, batch):
         raise ValueError(f"the cache holds {cache.batch_size} rows, the block has {batch}")
 
-    update_cache = cache is not None and mode != "denoise"
+    update_cache = cache is not None and mode in ("causal", "prefix")
     position_mask = _block_mask(attention_mask, batch, length, seen)
     if update_cache and position_mask is not None:
         if bool((position_mask[:, 1:] < position_mask[:, :-1]).any()):
             raise ValueError("a block that enters the cache must be left-padded; got right padding")
     cached_mask = cache.key_mask if cache is not None else None
-    bidirectional = mode != "causal"
+    bidirectional = mode in ("prefix", "denoise")
     mask = _attention_mask(
         batch, length, seen, position_mask, cached_mask, bidirectional, hidden_BLH.device
     )
@@ -75,6 +81,7 @@ def make_context(
         position_mask=position_mask,
         attention_mask=mask,
         is_causal=mask is None and not bidirectional and length > 1,
+        record={} if mode == "verify" else None,
     )
 
 

@@ -42,9 +42,7 @@ class Router(nn.Module):
             "scaling": config.routed_scaling_factor,
         }
 
-    def forward(
-        self, hidden_TD: Tensor, real_T: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, hidden_TD: Tensor, real_T: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Expert ids [T, S] and weights [T, S] float32; scores are float32 under autocast too.
 
         `real_T` is False at padding, which does not count as load; None: no padding.
@@ -71,6 +69,13 @@ class Router(nn.Module):
         load = self.load.float()
         self.e_score_correction_bias += rate * (load.mean() - load).sign()
         self.load.zero_()
+
+
+def balance_routers(model: nn.Module, rate: float) -> None:
+    """One step of auxiliary-loss-free balancing in every mixture of experts that is trained."""
+    for module in model.modules():
+        if isinstance(module, Router) and module.weight.requires_grad:
+            module.balance(rate)
 
 
 class StackedExperts(nn.Module):

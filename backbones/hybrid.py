@@ -4,6 +4,7 @@ Letters: B batch, L positions of the block, V vocabulary, H hidden.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -11,22 +12,28 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    GenerationConfig,
     GenerationMixin,
+    LogitsProcessorList,
+    StoppingCriteriaList,
     initialization,
 )
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import MergeModulelist, WeightConverter
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.generation import GenerationMode
+from transformers.utils import ModelOutput
 
-from tess.backbones.attention import Attention
-from tess.backbones.cache import HybridCache
+from tess.backbones.block import HybridBlock, RMSNorm, run_layers
+from tess.backbones.cache import HybridCache, KeyValues, MambaInputs
 from tess.backbones.config import HybridConfig
-from tess.backbones.context import BlockContext, make_context
-from tess.backbones.feedforward import MLP, MixtureOfExperts, Router, StackedExperts
+from tess.backbones.feedforward import Router, StackedExperts
 from tess.backbones.mamba import Mamba2Mixer
-from tess.backbones.pretrained import StrictPreTrainedModel
-from tess.kernels.norms import rms_norm
+from tess.backbones.mtp import MultiTokenPredictor
+from tess.backbones.pretrained import KEPT_IN_FLOAT32, StrictPreTrainedModel
+from tess.backbones.speculative import MtpGenerateOutput, decode_with_mtp
+
+DRAFT_TOKENS = 3
+"""Tokens that `generate(use_mtp=True)` drafts at a time when it is not told."""
 
 # released files hold one tensor per expert, the grouped products want them stacked
 register_checkpoint_conversion_mapping(
@@ -43,42 +50,6 @@ register_checkpoint_conversion_mapping(
 )
 
 
-class RMSNorm(nn.Module):
-    """RMS norm in float32 with a learned weight."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last axis."""
-        return rms_norm(x, self.weight, self.eps)
-
-
-def _build_mixer(config: HybridConfig, layer_idx: int) -> nn.Module:
-    letter = config.hybrid_override_pattern[layer_idx]
-    if letter == "M":
-        return Mamba2Mixer(config, layer_idx)
-    if letter == "*":
-        return Attention(config, layer_idx)
-    if letter == "E":
-        return MixtureOfExperts(config)
-    return MLP(config, config.intermediate_size)
-
-
-class HybridBlock(GradientCheckpointingLayer):
-    """x + mixer(norm(x)): one mixer per layer."""
-
-    def __init__(self, config: HybridConfig, layer_idx: int) -> None:
-        super().__init__()
-        self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
-        self.mixer = _build_mixer(config, layer_idx)
-
-    def forward(self, hidden_BLH: Tensor, context: BlockContext) -> Tensor:
-        """One residual step."""
-        return hidden_BLH + self.mixer(self.norm(hidden_BLH), context)
-
-
 class HybridPreTrainedModel(StrictPreTrainedModel):
     """Loading, saving and initialisation shared by the classes below."""
 
@@ -88,7 +59,7 @@ class HybridPreTrainedModel(StrictPreTrainedModel):
     _supports_sdpa = True
     _is_stateful = True
     _no_split_modules = ["HybridBlock"]
-    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
+    _keep_in_fp32_modules_strict = KEPT_IN_FLOAT32
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -135,6 +106,19 @@ def init_hybrid_weights(module: nn.Module, config: HybridConfig) -> None:
         init.ones_(module.weight)
 
 
+@dataclass
+class HybridModelOutput(ModelOutput):
+    """last_hidden_state: [B, L, H] after the final norm. pre_norm_state: [B, L, H] before it.
+
+    record: of "verify" mode, else None; see `HybridCache.advance`.
+    """
+
+    last_hidden_state: Tensor | None = None
+    past_key_values: HybridCache | None = None
+    pre_norm_state: Tensor | None = None
+    record: dict[int, MambaInputs | KeyValues] | None = None
+
+
 class HybridModel(HybridPreTrainedModel):
     """The stack without a head: token ids or embeddings in, normalised hidden states out."""
 
@@ -142,7 +126,8 @@ class HybridModel(HybridPreTrainedModel):
         super().__init__(config)
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
-            HybridBlock(config, index) for index in range(config.num_hidden_layers)
+            HybridBlock(config, letter, index)
+            for index, letter in enumerate(config.hybrid_override_pattern)
         )
         self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
         self.post_init()
@@ -162,7 +147,7 @@ class HybridModel(HybridPreTrainedModel):
         attention_mask: Tensor | None = None,
         past_key_values: HybridCache | None = None,
         mode: str = "causal",
-    ) -> BaseModelOutputWithPast:
+    ) -> HybridModelOutput:
         """Run a block of positions.
 
         Args:
@@ -173,7 +158,9 @@ class HybridModel(HybridPreTrainedModel):
             past_key_values: the state so far.
             mode: "causal" reads and extends the cache; "prefix" reads the block in both directions
                 and starts a cache from it; "denoise" reads the block in both directions after the
-                cached positions and leaves the cache as it is.
+                cached positions and leaves the cache as it is; "verify" reads it causally, leaves
+                the cache as it is too, and gives the record with which `HybridCache.advance` moves
+                past as many positions of each row as turn out right.
 
         Raises:
             ValueError: see `make_context`; also when not exactly one input form is given.
@@ -181,31 +168,43 @@ class HybridModel(HybridPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         hidden = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        context = make_context(mode, hidden, attention_mask, past_key_values)
-        for layer in self.layers:
-            hidden = layer(hidden, context)
-        if context.update_cache:
-            past_key_values.layers = dict(context.outgoing)
-            past_key_values.extend_mask(
-                context.position_mask, hidden.shape[0], hidden.shape[1], hidden.device
-            )
-        return BaseModelOutputWithPast(self.norm_f(hidden), past_key_values)
+        hidden, context = run_layers(self.layers, hidden, attention_mask, past_key_values, mode)
+        return HybridModelOutput(self.norm_f(hidden), past_key_values, hidden, context.record)
 
-    def balance_routers(self, rate: float) -> None:
-        """One step of auxiliary-loss-free expert balancing in every mixture of experts."""
-        for module in self.modules():
-            if isinstance(module, Router):
-                module.balance(rate)
+
+@dataclass
+class HybridCausalLMOutput(ModelOutput):
+    """loss, logits and cache as in transformers; mtp_logits: see `predict_ahead`."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: HybridCache | None = None
+    mtp_logits: tuple[Tensor, ...] | None = None
+
+
+def predictable(wanted_BL: Tensor, mask_BL: Tensor | None, distance: int) -> Tensor:
+    """Which wanted tokens are predicted from `distance` before them: [B, L - distance] bool.
+
+    A token of padding predicts nothing.
+    """
+    wanted = wanted_BL[:, distance:].bool()
+    return wanted if mask_BL is None else wanted & mask_BL[:, : wanted.shape[1]].bool()
 
 
 class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
-    """Backbone and language-model head; `generate()` is transformers', over the hybrid cache."""
+    """Backbone and language-model head, and a multi-token predictor where the config has one.
+
+    `generate()` is transformers', over the hybrid cache. With `use_mtp=True` the predictor drafts
+    `num_assistant_tokens` tokens (3 unless given) and the backbone checks them in one block; see
+    `backbones/speculative.py`. Greedily that gives the same tokens in fewer evaluations.
+    """
 
     _tied_weights_keys = {"lm_head.weight": "backbone.embeddings.weight"}
 
     def __init__(self, config: HybridConfig) -> None:
         super().__init__(config)
         self.backbone = HybridModel(config)
+        self.mtp = MultiTokenPredictor(config) if config.num_nextn_predict_layers else None
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
@@ -226,23 +225,81 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool = False,
         logits_to_keep: int = 0,
+        wanted: Tensor | None = None,
+        mtp_depth: int = 0,
         **kwargs,
-    ) -> CausalLMOutputWithPast:
+    ) -> HybridCausalLMOutput:
         """Next-token logits [B, L, V] in float32 (the last `logits_to_keep` positions, 0: all).
 
         `labels` [B, L] are token ids, -100 where no loss is wanted; the shift is done here.
-        Remaining keyword arguments are what `generate` and Trainer pass along to every model
-        (position ids, output flags); this family has no use for them.
+        `wanted` [B, L] bool names tokens instead, and only their logits are computed: [N, V], row
+        by row the prediction of those that are `predictable`. `mtp_depth` above 0 adds
+        `mtp_logits`, see `predict_ahead`. Remaining keyword arguments are what `generate` and
+        Trainer pass along to every model (position ids, output flags); this family has no use for
+        them.
         """
         if use_cache and past_key_values is None:
             past_key_values = HybridCache()
         out = self.backbone(input_ids, inputs_embeds, attention_mask, past_key_values)
         hidden = out.last_hidden_state[:, -logits_to_keep:]
+        if wanted is not None:
+            hidden = out.last_hidden_state[:, :-1][predictable(wanted, attention_mask, 1)]
         logits = self.lm_head(hidden).float()
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(loss, logits, out.past_key_values if use_cache else None)
+        ahead = None
+        if mtp_depth:
+            state = self.mtp_input(out)
+            ahead = self.predict_ahead(input_ids, state, attention_mask, mtp_depth, wanted)
+        cache = out.past_key_values if use_cache else None
+        return HybridCausalLMOutput(loss, logits, cache, ahead)
+
+    def mtp_input(self, out: HybridModelOutput) -> Tensor:
+        """The backbone's state [B, L, H] that the multi-token predictor reads."""
+        return out.last_hidden_state if self.config.mtp_after_norm_f else out.pre_norm_state
+
+    def predict_ahead(
+        self,
+        input_ids: Tensor,
+        state_BLH: Tensor,
+        attention_mask: Tensor | None,
+        depth: int,
+        wanted: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Logits of tokens further ahead, for training the predictor with teacher forcing.
+
+        Entry d - 1 is [B, L - 1 - d, V] in float32: at position t it predicts the token d + 1 after
+        it. Depth 1 reads the backbone's states, every further one the states of the one before.
+        With `wanted` [B, L] it is [N, V], the predictions of the `predictable` among these tokens.
+
+        Raises:
+            ValueError: no predictor in this model, or a text too short for the depth.
+        """
+        self._need_mtp()
+        length = input_ids.shape[1]
+        if depth > length - 2:
+            raise ValueError(f"mtp_depth {depth} needs {depth + 2} tokens or more, got {length}")
+        ahead = []
+        for d in range(1, depth + 1):
+            keep = length - 1 - d
+            mask = None if attention_mask is None else attention_mask[:, :keep]
+            embeds = self.backbone.embeddings(input_ids[:, d : d + keep])
+            state_BLH = self.mtp(embeds, state_BLH[:, :keep], mask)
+            hidden = state_BLH
+            if wanted is not None:
+                hidden = state_BLH[predictable(wanted, attention_mask, d + 1)]
+            ahead.append(self.lm_head(hidden).float())
+        return tuple(ahead)
+
+    def _need_mtp(self) -> None:
+        if self.mtp is None:
+            raise ValueError(
+                "this checkpoint has no multi-token predictor (num_nextn_predict_layers is 0), "
+                "which MTP needs"
+            )
+
+    # what transformers' generate() asks for
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -252,6 +309,55 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
         if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = HybridCache()
+
+    def _prepare_generation_config(self, generation_config, **kwargs):
+        chosen = (generation_config or self.generation_config).num_assistant_tokens
+        if chosen is None:  # else transformers' 20, which is meant for n-gram lookup
+            kwargs.setdefault("num_assistant_tokens", DRAFT_TOKENS)
+        return super()._prepare_generation_config(generation_config, **kwargs)
+
+    def _validate_generation_mode(self, generation_mode, generation_config, *args) -> None:
+        if not generation_config.use_mtp:
+            return super()._validate_generation_mode(generation_mode, generation_config, *args)
+        self._need_mtp()
+        if generation_mode != GenerationMode.ASSISTED_GENERATION:
+            raise ValueError(f"use_mtp goes with greedy search and sampling, not {generation_mode}")
+        if generation_config.num_assistant_tokens < 1:
+            given = generation_config.num_assistant_tokens
+            raise ValueError(f"num_assistant_tokens must be at least 1 with use_mtp, got {given}")
+        for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
+            if getattr(generation_config, name):
+                raise ValueError(f"{name} is not available with use_mtp, which keeps none of them")
+        if generation_config.use_cache is False:
+            raise ValueError("use_mtp needs the cache; got use_cache=False")
+
+    def _assisted_decoding(
+        self,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        streamer=None,
+        past_key_values: HybridCache | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **unused,
+    ) -> MtpGenerateOutput | Tensor:
+        if inputs_embeds is not None or (past_key_values and past_key_values.get_seq_length()):
+            raise ValueError("use_mtp reads the prompt as input_ids, got embeddings or a cache")
+        out = decode_with_mtp(
+            self,
+            input_ids,
+            attention_mask,
+            num_draft_tokens=generation_config.num_assistant_tokens,
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
+            do_sample=bool(generation_config.do_sample),
+            pad_token_id=generation_config.pad_token_id or 0,
+            streamer=streamer,
+        )
+        return out if generation_config.return_dict_in_generate else out.sequences
+
 
 AutoConfig.register(HybridConfig.model_type, HybridConfig)
 AutoModel.register(HybridConfig, HybridModel)

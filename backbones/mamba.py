@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tess.backbones.cache import MambaState
+from tess.backbones.cache import MambaInputs, MambaState
 from tess.backbones.config import HybridConfig
 from tess.backbones.context import BlockContext
 from tess.kernels.conv import causal_conv1d, next_window
@@ -87,6 +87,8 @@ class Mamba2Mixer(nn.Module):
         b = b.unflatten(-1, (self.groups, self.states))
         c = c.unflatten(-1, (self.groups, self.states))
         decay = -self.A_log.to(dt_BLH.dtype).exp()
+        if context.record is not None:
+            context.record[self.layer_idx] = MambaInputs(conv_in_BLD, x, dt_BLH, b, decay)
 
         if state is not None and x.shape[1] == 1:
             y, ssm = ssd_step(x[:, 0], dt_BLH[:, 0], decay, b[:, 0], c[:, 0], state.ssm_state)

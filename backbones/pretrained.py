@@ -1,11 +1,16 @@
 """What our models add to transformers' loading: nothing may be missing, nothing unknown."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 NAMES_SHOWN = 5
+
+KEPT_IN_FLOAT32 = ["e_score_correction_bias", "A_log", "dt_bias", "mixer.D"]
+"""Name parts of what stays float32 in memory whatever the weights are: step sizes and decays are
+exponentiated, and released router biases differ by less than bfloat16 can hold."""
 
 
 class StrictPreTrainedModel(PreTrainedModel):
@@ -27,7 +32,7 @@ class StrictPreTrainedModel(PreTrainedModel):
         finally:
             logging.set_verbosity(verbosity)
         problems = [
-            f"{word} {_name_some(info[key])}"
+            f"{word} {name_some(_names(info[key]))}"
             for word, key in (
                 ("lacks", "missing_keys"),
                 ("has unknown", "unexpected_keys"),
@@ -49,7 +54,16 @@ class StrictPreTrainedModel(PreTrainedModel):
         super()._activation_checkpointing_enable(options, *args, **kwargs)
 
 
-def _name_some(keys: Any) -> str:
-    names = sorted(str(key[0]) if isinstance(key, tuple) else str(key) for key in keys)
+def stays_float32(name: str) -> bool:
+    """Whether a parameter or buffer of this full name is among `KEPT_IN_FLOAT32`."""
+    return any(name.endswith(part) for part in KEPT_IN_FLOAT32)
+
+
+def name_some(names: Sequence[str]) -> str:
+    """The first few of the names, and how many more there are."""
     more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
     return ", ".join(names[:NAMES_SHOWN]) + more
+
+
+def _names(keys: Any) -> list[str]:
+    return sorted(str(key[0]) if isinstance(key, tuple) else str(key) for key in keys)

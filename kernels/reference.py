@@ -141,3 +141,48 @@ def experts(
             hidden = torch.relu(up_EFD[expert] @ x_TD[t]).square()
             out[t] = out[t] + weight * (down_EDF[expert] @ hidden)
     return out
+
+
+def accept_drafts(
+    drafts_BK: Tensor,
+    draft_probs_BKV: Tensor,
+    target_probs_BLV: Tensor,
+    accept_BK: Tensor,
+    choose_B: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Speculative rejection sampling (arXiv 2211.17192, algorithm 1), one draft at a time."""
+    counts, tokens = [], []
+    for row, drafts in enumerate(drafts_BK.tolist()):
+        kept = 0
+        weights = target_probs_BLV[row, -1]
+        for i, token in enumerate(drafts):
+            p, q = target_probs_BLV[row, i], draft_probs_BKV[row, i]
+            if accept_BK[row, i] >= p[token] / q[token]:
+                weights = torch.relu(p - q)
+                break
+            kept += 1
+        point, total = choose_B[row] * weights.sum(), 0.0
+        for token, weight in enumerate(weights.tolist()):
+            total += weight
+            if point < total:
+                break
+        counts.append(kept)
+        tokens.append(token)
+    return torch.tensor(counts), torch.tensor(tokens)
+
+
+def ssd_advance(
+    x_BLHP: Tensor,
+    dt_BLH: Tensor,
+    a_H: Tensor,
+    b_BLGN: Tensor,
+    state_BHPN: Tensor,
+    counts_B: Tensor,
+) -> Tensor:
+    """State after each row's first `counts_B` positions: the recurrence, row by row."""
+    rows = []
+    for i, count in enumerate(counts_B.tolist()):
+        x, dt, b = (tensor[i : i + 1, :count] for tensor in (x_BLHP, dt_BLH, b_BLGN))
+        _, state = ssd_scan(x, dt, a_H, b, b, initial_state_BHPN=state_BHPN[i : i + 1])
+        rows.append(state)
+    return torch.cat(rows)

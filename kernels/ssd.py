@@ -82,6 +82,32 @@ def ssd_step(
     return SSDOutput(y.view(batch, heads, width).to(x_BHP.dtype), state.view_as(state_BHPN))
 
 
+def ssd_advance(
+    x_BLHP: Tensor,
+    dt_BLH: Tensor,
+    a_H: Tensor,
+    b_BLGN: Tensor,
+    state_BHPN: Tensor,
+    counts_B: Tensor,
+) -> Tensor:
+    """The causal scan's state [B, H, P, N] after the first `counts_B` positions of each row.
+
+    Arguments as in `ssd_scan`; counts in [0, L] may differ between rows. One product, no outputs:
+    this is how speculative decoding takes back rejected tokens without a state per position.
+    """
+    batch, length, heads, width = x_BLHP.shape
+    groups, states = b_BLGN.shape[2:]
+    wide = state_BHPN.dtype
+    counted_BL1 = (torch.arange(length, device=x_BLHP.device) < counts_B[:, None])[..., None]
+    dt_BLH = dt_BLH.to(wide) * counted_BL1
+    incl_BLH = (dt_BLH * a_H.to(wide)).cumsum(dim=1)
+    total_BH = incl_BLH[:, -1]
+    weight_BLH = (total_BH[:, None] - incl_BLH).exp() * dt_BLH
+    weighted = (x_BLHP.to(wide) * weight_BLH[..., None]).view(batch, length, groups, -1)
+    gained = weighted.permute(0, 2, 3, 1) @ b_BLGN.to(wide).transpose(1, 2)  # [B, G, H/G P, N]
+    return total_BH.exp()[..., None, None] * state_BHPN + gained.view(batch, heads, width, states)
+
+
 def _check(x: Tensor, b: Tensor, direction: str, reverse_scale: Tensor | None) -> None:
     if direction not in DIRECTIONS:
         raise ValueError(f"direction must be one of {', '.join(DIRECTIONS)}, got {direction!r}")

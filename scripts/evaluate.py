@@ -32,7 +32,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dataset", help=f"dataset of the task (default: {DEFAULT_DATASET}). {names}")
     add("--source_column", default="source", help="column of --data (default: %(default)s)")
     add("--target_column", default="target", help="column of --data (default: %(default)s)")
-    add("--decoder", help="tess or ar (default: what the checkpoint is)")
+    add("--decoder", help="tess, ar or ar+mtp (default: tess where the checkpoint has it, else ar)")
+    add("--num_draft_tokens", type=int, help="tokens that ar+mtp drafts at a time (default: 3)")
     add("--num_inference_steps", type=int, help="steps of tess (default: 16, or T if that is less)")
     add("--limit", type=int, help="evaluate only the first rows")
     add("--seed", type=int, default=0, help="seed of the noise (default: %(default)s)")
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = evaluation.prepare_output_dir(args.output_dir)
     checkpoint = Path(args.checkpoint) if args.checkpoint else default_checkpoint()
     result = evaluation.evaluate(
-        load_decoder(checkpoint, args.decoder),
+        load_decoder(checkpoint, args.decoder, num_draft_tokens=args.num_draft_tokens),
         examples,
         checkpoint=str(checkpoint),
         data=data,

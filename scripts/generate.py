@@ -18,7 +18,7 @@ from tess.errors import UserError
 
 JSON_KEYS = """\
 --json prints one object; its keys are stable:
-  decoder              "tess" or "ar"
+  decoder              "tess", "ar" or "ar+mtp"
   checkpoint           the folder that was asked for
   num_parameters       of the model
   num_inference_steps, gen_length, seed, top_p, temperature
@@ -53,6 +53,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--decoder", choices=DECODERS, help="default: tess where the checkpoint has it"
+    )
+    parser.add_argument(
+        "--num_draft_tokens", type=int, metavar="N", help="drafted at a time by ar+mtp (default 3)"
     )
     parser.add_argument(
         "--num_inference_steps", type=int, metavar="N", help="sampling steps of tess (default 16)"
@@ -99,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in ("num_inference_steps", "gen_length", "seed", "top_p", "temperature")
     }
     start = time.perf_counter()
-    decoder = load_decoder(checkpoint, args.decoder)
+    decoder = load_decoder(checkpoint, args.decoder, num_draft_tokens=args.num_draft_tokens)
     loaded = time.perf_counter()
     results = decoder.generate(texts, batch_size=args.batch_size, strict=args.strict, **options)
     seconds = {"load_seconds": loaded - start, "generate_seconds": time.perf_counter() - loaded}

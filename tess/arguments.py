@@ -80,6 +80,10 @@ class ModelArguments:
     tie_word_embeddings: bool | None = _option(
         None, "Share the embedding and the head (default: true)."
     )
+    mtp_hybrid_override_pattern: str | None = _option(
+        None,
+        "Layers of the multi-token predictor, in the same letters (default: *E); see --mtp_depth.",
+    )
     mamba_direction: str | None = _option(
         None,
         "Mamba layers in denoise mode: forward, bidirectional or gated "
@@ -115,6 +119,9 @@ SMALL_BACKBONE: dict[str, Any] = {
 }
 """The model that is trained where no size is given."""
 
+CHANGEABLE = {"mamba_direction", "mtp_hybrid_override_pattern"}
+"""Fields of the backbone that do not follow from the weights that --init_from names."""
+
 
 @dataclass
 class DiffusionArguments:
@@ -140,6 +147,11 @@ class DiffusionArguments:
     )
     source_encoding: str | None = _option(
         None, "How the source is read: causal, bidirectional, or joint with the target."
+    )
+    label_shift: bool | None = _option(
+        None,
+        "Predict each token one position earlier, as a causal language model does; keeps the head "
+        "of one that --init_from names.",
     )
     self_conditioning: str | None = _option(None, "Self-conditioning variant, or none.")
     self_conditioning_mix: str | None = _option(
@@ -192,10 +204,10 @@ class DiffusionArguments:
     def denoiser_overrides(self) -> dict[str, Any]:
         """The denoiser config's fields that were set."""
         names = [
-            "simplex_value", "source_encoding", "self_conditioning", "self_conditioning_mix",
-            "self_conditioning_zeros_after_softmax", "self_conditioning_mlp",
-            "deepmind_conditional", "num_source_positions", "num_target_positions",
-            "pad_loss_weight",
+            "simplex_value", "source_encoding", "label_shift", "self_conditioning",
+            "self_conditioning_mix", "self_conditioning_zeros_after_softmax",
+            "self_conditioning_mlp", "deepmind_conditional", "num_source_positions",
+            "num_target_positions", "pad_loss_weight",
         ]  # fmt: skip
         chosen = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if chosen.get("self_conditioning") == "none":
@@ -210,6 +222,24 @@ class DiffusionArguments:
             "cosine_s": self.cosine_s,
         }
         return {name: value for name, value in names.items() if value is not None}
+
+
+@dataclass
+class CausalArguments:
+    """Next-token prediction (objective ar)."""
+
+    mtp_depth: int = _option(
+        0,
+        "Train a multi-token predictor to look this many tokens further (0: none): one block, used "
+        "again for each of them.",
+    )
+    mtp_loss_scale: float = _option(
+        0.3, "Weight of the predictor's mean loss beside the next-token loss."
+    )
+    freeze_backbone: bool = _option(
+        False,
+        "Train the multi-token predictor alone; the text that the model writes stays the same.",
+    )
 
 
 @dataclass
@@ -314,6 +344,7 @@ class Settings:
 
     model: ModelArguments
     diffusion: DiffusionArguments
+    causal: CausalArguments
     data: DataArguments
     run: RunArguments
     training: TrainingArguments
@@ -329,7 +360,14 @@ class _Parser(HfArgumentParser):
 def make_parser(description: str) -> HfArgumentParser:
     """The parser of `scripts/train.py`."""
     return _Parser(
-        (ModelArguments, DiffusionArguments, DataArguments, RunArguments, TrainingArguments),
+        (
+            ModelArguments,
+            DiffusionArguments,
+            CausalArguments,
+            DataArguments,
+            RunArguments,
+            TrainingArguments,
+        ),  # fmt: skip
         prog="scripts/train.py",
         usage="scripts/train.py [CONFIG.yaml|json] [--flag value ...]",
         description=description,
@@ -400,6 +438,18 @@ def _unknown(name: str, known: list[str], kind: str) -> str:
     return f"there is no {kind} {name!r}{hint}"
 
 
+def _check_causal(settings: Settings) -> None:
+    causal = settings.causal
+    if causal.mtp_depth < 0:
+        raise UserError(f"mtp_depth must be 0 or more, got {causal.mtp_depth}")
+    if causal.mtp_depth and settings.model.objective != "ar":
+        raise UserError("--mtp_depth belongs to --objective ar")
+    if causal.mtp_depth == 0 and causal.freeze_backbone:
+        raise UserError("--freeze_backbone leaves nothing to train without --mtp_depth")
+    if causal.mtp_loss_scale <= 0:
+        raise UserError(f"mtp_loss_scale must be above 0, got {causal.mtp_loss_scale}")
+
+
 def _check(settings: Settings) -> None:
     model, data, run = settings.model, settings.data, settings.run
     if settings.training.output_dir in (None, "trainer_output"):
@@ -410,8 +460,9 @@ def _check(settings: Settings) -> None:
         raise UserError("--dataset belongs to a --task")
     if sum((bool(model.tokenizer), model.train_tokenizer, bool(model.init_from))) != 1:
         raise UserError("give exactly one of --tokenizer, --train_tokenizer and --init_from")
-    if model.init_from and (sizes := sorted(set(model.backbone_overrides()) - {"mamba_direction"})):
+    if model.init_from and (sizes := sorted(set(model.backbone_overrides()) - CHANGEABLE)):
         raise UserError(f"--{sizes[0]} is fixed by the checkpoint that --init_from names")
+    _check_causal(settings)
     for name in ("max_source_length", "max_target_length"):
         if getattr(data, name) < 3:
             raise UserError(

@@ -30,6 +30,9 @@ class TessConfig(PreTrainedConfig):
         source_encoding: "causal" (as pretrained and autoregressive models read), "bidirectional"
             (prefix-LM), both encoded once into a cache; or "joint" (TESS's layout: source and
             target in one bidirectional sequence, run through the network in every step).
+        label_shift: the hidden state one position earlier predicts a token, as in a causal language
+            model, so that the head of a pretrained one goes on working (TESS-2, arXiv 2502.13917);
+            for "causal" and "joint".
         self_conditioning: how the previous prediction enters the network's input, or None.
             "logits" and "logits_with_projection" concatenate two embeddings, the others mix.
             The `projection` kinds snap the prediction to its likeliest token first.
@@ -59,6 +62,7 @@ class TessConfig(PreTrainedConfig):
     backbone_config: HybridConfig | dict[str, Any] | None = None
     simplex_value: float | int = 5.0
     source_encoding: str = "causal"
+    label_shift: bool = False
     self_conditioning: str | None = "logits_mean"
     self_conditioning_mix: str | None = None
     self_conditioning_zeros_after_softmax: bool = False
@@ -123,7 +127,22 @@ class TessConfig(PreTrainedConfig):
                 raise ValueError(
                     f"max_{side}_length={longest} is more than num_{side}_positions={rows}"
                 )
+        self._check_label_shift()
         self._check_self_conditioning()
+
+    def _check_label_shift(self) -> None:
+        if not self.label_shift:
+            return
+        if self.source_encoding == "bidirectional":
+            raise ValueError(
+                "label_shift keeps what a causal checkpoint knows and needs source_encoding "
+                "'causal' or 'joint', got 'bidirectional'"
+            )
+        if self.deepmind_conditional:
+            raise ValueError(
+                "label_shift needs the word embeddings that a causal checkpoint reads and excludes "
+                "deepmind_conditional, which projects them"
+            )
 
     def _check_self_conditioning(self) -> None:
         kind, mix = self.self_conditioning, self.self_conditioning_mix

@@ -1,16 +1,22 @@
-"""Ways to write with a checkpoint, behind one call: `tess` (all at once), `ar` (token by token)."""
+"""Ways to write with a checkpoint, behind one call.
+
+`tess` writes all tokens at once, `ar` token by token, and `ar+mtp` the same as `ar`, several tokens
+at a time: a multi-token predictor drafts them and the model checks them.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.utils import logging as transformers_logging
 
+from tess.backbones.hybrid import DRAFT_TOKENS
 from tess.collators import pad_sources
 from tess.errors import UserError
 from tess.kernels import random
@@ -19,7 +25,7 @@ from tess.saving import Parts, kind_of, load_parts
 from tess.schedulers.renoising import sample_nucleus
 from tess.tokenization import decode, encode_sources
 
-DECODERS = ("tess", "ar")
+DECODERS = ("tess", "ar", "ar+mtp")
 
 
 @dataclass(frozen=True)
@@ -30,13 +36,17 @@ class Generation:
     token_ids: up to and including `</s>` if there is one; padding, also amid the text, is left out.
     num_new_tokens: their number.
     nfe: network evaluations over the target spent on this text (reading the source is not counted
-        for tess; it gives the first token for ar, and is its first evaluation).
+        for tess; it gives the first token for ar and ar+mtp, and is their first evaluation). The
+        predictor's own, smaller evaluations are not in it.
+    num_drafted, num_accepted: of ar+mtp: tokens drafted, and those of them that are in the text.
     """
 
     text: str
     token_ids: list[int]
     num_new_tokens: int
     nfe: int
+    num_drafted: int = 0
+    num_accepted: int = 0
 
 
 class Decoder(ABC):
@@ -44,6 +54,7 @@ class Decoder(ABC):
 
     name: str
     default_num_inference_steps: int | None = None
+    num_draft_tokens: int | None = None
 
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
@@ -129,12 +140,13 @@ class Decoder(ABC):
                     bar.update(len(chosen))
         return [results[i] for i in range(len(rows))]
 
-    def _generation(self, ids: list[int], nfe: int | None = None) -> Generation:
+    def _generation(self, ids: list[int], nfe: int | None = None, **drafts: int) -> Generation:
         eos, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
         written = ids[: ids.index(eos) + 1] if eos in ids else ids
         kept = [token for token in written if token != pad or token == eos]
         evaluations = len(written) if nfe is None else nfe
-        return Generation(decode(self.tokenizer, kept), kept, len(kept), evaluations)
+        text = decode(self.tokenizer, kept)
+        return Generation(text, kept, len(kept), evaluations, **drafts)
 
     @abstractmethod
     def _max_source_length(self) -> int | None:
@@ -221,7 +233,8 @@ class ArDecoder(Decoder):
     ) -> list[Generation]:
         if num_inference_steps is not None:
             raise UserError(
-                "num_inference_steps belongs to the tess decoder; ar takes one evaluation per token"
+                "num_inference_steps belongs to the tess decoder; ar takes one evaluation per "
+                "token, and ar+mtp fewer"
             )
         source = pad_sources(rows, self.tokenizer.pad_token_id)
         device = self.model.device
@@ -229,7 +242,8 @@ class ArDecoder(Decoder):
         choice = LogitsProcessorList()
         if top_p is not None:
             choice.append(_KeyedNucleus(keys.to(device), width, top_p, temperature))
-        sequences = self.model.generate(
+        return self._write(
+            width,
             input_ids=source["source_ids"].to(device),
             attention_mask=source["source_mask"].to(device),
             max_new_tokens=gen_length or self.model.generation_config.max_new_tokens or 128,
@@ -238,30 +252,79 @@ class ArDecoder(Decoder):
             do_sample=False,
             logits_processor=choice,
         )
+
+    def _write(self, width: int, **options: Any) -> list[Generation]:
+        """Call the model's `generate`; `width` tokens of every row are the source."""
+        sequences = self.model.generate(**options)
         return [self._generation(ids) for ids in sequences[:, width:].tolist()]
 
 
+class ArMtpDecoder(ArDecoder):
+    """The same texts as `ar`, sampled ones too, in fewer evaluations.
+
+    The choice of a token, greedy or by the example's own random number, is a function of the
+    tokens before it, so a draft can be held against it.
+    """
+
+    name = "ar+mtp"
+
+    def __init__(self, parts: Parts, num_draft_tokens: int = DRAFT_TOKENS) -> None:
+        super().__init__(parts)
+        if self.model.mtp is None:
+            raise UserError(
+                "ar+mtp needs a checkpoint with a multi-token predictor, and this one has none "
+                "(num_nextn_predict_layers is 0 in its config.json)"
+            )
+        if num_draft_tokens < 1:
+            raise UserError(f"num_draft_tokens must be at least 1, got {num_draft_tokens}")
+        self.num_draft_tokens = num_draft_tokens
+
+    def _write(self, width: int, **options: Any) -> list[Generation]:
+        out = self.model.generate(
+            use_mtp=True,
+            num_assistant_tokens=self.num_draft_tokens,
+            return_dict_in_generate=True,
+            **options,
+        )
+        return [
+            self._generation(ids, nfe, num_drafted=drafted, num_accepted=accepted)
+            for ids, nfe, drafted, accepted in zip(
+                out.sequences[:, width:].tolist(),
+                out.num_forwards.tolist(),
+                out.num_drafted.tolist(),
+                out.num_accepted.tolist(),
+                strict=True,
+            )
+        ]
+
+
 def make_decoder(parts: Parts) -> TessDecoder | ArDecoder:
-    """The decoder of a loaded (or just trained) checkpoint."""
+    """The decoder of a loaded (or just trained) checkpoint: `tess`, or else `ar`."""
     return ArDecoder(parts) if parts.scheduler is None else TessDecoder(parts)
 
 
 def load_decoder(
-    checkpoint: str | Path, decoder: str | None = None, dtype: torch.dtype = torch.float32
+    checkpoint: str | Path,
+    decoder: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    num_draft_tokens: int | None = None,
 ) -> TessDecoder | ArDecoder:
     """Load the decoder called `decoder` from a checkpoint.
 
     Args:
         checkpoint: a pipeline folder (tess), a causal model's folder (ar), a folder that holds such
             ones as `tess/` and `ar/`, or a training's output folder with `final/`.
-        decoder: "tess" or "ar"; None takes the one there is, tess where there are both.
+        decoder: "tess", "ar" or "ar+mtp"; None takes tess where there is one, else ar.
         dtype: of the weights in memory; with float32 a text does not depend on its batch.
+        num_draft_tokens: of ar+mtp, drafted at a time (3 unless given); changes speed alone.
 
     Raises:
         UserError: no such folder, no such decoder in it, or a checkpoint that cannot be used.
     """
     if decoder is not None and decoder not in DECODERS:
         raise UserError(f"unknown decoder {decoder!r}; known are {', '.join(DECODERS)}")
+    if num_draft_tokens is not None and decoder != ArMtpDecoder.name:
+        raise UserError("num_draft_tokens belongs to the ar+mtp decoder")
     folder = Path(checkpoint)
     if not folder.is_dir():
         raise UserError(f"there is no folder {str(checkpoint)!r}")
@@ -272,11 +335,12 @@ def load_decoder(
             "model's config.json (ar), or folders tess/ or ar/"
         )
     name = decoder or next(name for name in DECODERS if name in found)
-    if name not in found:
+    kind = name.removesuffix("+mtp")
+    if kind not in found:
         raise UserError(f"{folder} has no decoder {name!r}; it has {', '.join(found)}")
-    parts = load_parts(found[name], dtype)
-    if torch.cuda.is_available():
-        parts.model.to("cuda")
+    parts = load_parts(found[kind], dtype, "cuda" if torch.cuda.is_available() else "cpu")
+    if name == ArMtpDecoder.name:
+        return ArMtpDecoder(parts, DRAFT_TOKENS if num_draft_tokens is None else num_draft_tokens)
     return make_decoder(parts)
 
 
@@ -286,7 +350,7 @@ def _find(folder: Path) -> dict[str, Path]:
         return {kind: folder}
     if kind := kind_of(folder / "final"):
         return {kind: folder / "final"}
-    return {name: folder / name for name in DECODERS if kind_of(folder / name) == name}
+    return {name: folder / name for name in ("tess", "ar") if kind_of(folder / name) == name}
 
 
 def _check(

@@ -12,7 +12,7 @@ from transformers.utils import ModelOutput
 
 from tess.backbones.cache import HybridCache
 from tess.backbones.hybrid import HybridModel, init_hybrid_weights
-from tess.backbones.pretrained import StrictPreTrainedModel
+from tess.backbones.pretrained import KEPT_IN_FLOAT32, StrictPreTrainedModel
 from tess.config import TessConfig
 from tess.schedulers.simplex import DenseSimplex, NoisedSimplex
 from tess.self_conditioning import SelfConditioning
@@ -40,6 +40,10 @@ class TessDenoiser(StrictPreTrainedModel):
     The input of a noised position is softmax(x) W with the word embedding W, mixed with the
     previous prediction, plus a linear embedding of the time. The source has neither, so that its
     encoding holds for all steps. The head is W again when the backbone ties its embeddings.
+
+    With `label_shift` the hidden state one position earlier predicts a target, as in a causal
+    language model: the source's last token, clean as in the source, is read in front of the target,
+    and its state predicts the first target. Callers see no shift.
     """
 
     config_class = TessConfig
@@ -48,7 +52,7 @@ class TessDenoiser(StrictPreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _no_split_modules = ["HybridBlock"]
-    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
+    _keep_in_fp32_modules_strict = KEPT_IN_FLOAT32
 
     def __init__(self, config: TessConfig) -> None:
         super().__init__(config)
@@ -85,14 +89,20 @@ class TessDenoiser(StrictPreTrainedModel):
         """Read the source once, for any number of denoising steps.
 
         source_ids, source_mask: [B, S], left-padded, mask 1 at tokens (None: no padding).
-        Returns None in the joint layout, where the source has no encoding of its own.
+        Returns None in the joint layout, where the source has no encoding of its own. With
+        `label_shift` the last token is left to `forward`; the cache of one token is empty.
         """
         if self.config.source_encoding == "joint":
             return None
         cache = HybridCache()
+        columns = slice(None)
+        if self.config.label_shift:
+            columns = slice(None, -1)
+            if source_ids.shape[1] == 1:
+                return cache
         self.backbone(
-            inputs_embeds=self._embed_source(source_ids, source_mask),
-            attention_mask=source_mask,
+            inputs_embeds=self._embed_source(source_ids, source_mask, columns),
+            attention_mask=None if source_mask is None else source_mask[:, columns],
             past_key_values=cache,
             mode="causal" if self.config.source_encoding == "causal" else "prefix",
         )
@@ -118,36 +128,95 @@ class TessDenoiser(StrictPreTrainedModel):
             previous: the last prediction's logits [B, L, V], for self-conditioning (its tokens
                 [B, L] will do for the projection kinds); None: there is none yet.
             cache: `encode_source`'s result, read and left as it is.
-            source_ids, source_mask: [B, S], left-padded: the source, when there is no cache.
-                Neither cache nor source: the target stands alone.
+            source_ids, source_mask: [B, S], left-padded: the source. Beside a cache it is not
+                read, except with `label_shift`, which needs it there for its last column (and the
+                mask for that token's position). Neither cache nor source: the target stands alone,
+                with `label_shift` as after the source `<s>`.
             target_mask: [B, L], 1 inside the canvas, right-padded; None: everything.
             clean_ids, noise_mask: [B, L]. Where noise_mask is 0 the position is context: it gets
                 the clean word embedding of clean_ids, no time and no self-conditioning.
+
+        Raises:
+            ValueError: clean_ids without noise_mask, or more positions than were learned; with
+                `label_shift` also a cache without source_ids, padding in the source's last column,
+                or neither source nor bos_token_id.
         """
         if (clean_ids is None) != (noise_mask is None):
             raise ValueError("clean_ids and noise_mask go together; got only one of them")
         hidden_BLH = self._embed_target(sample, timesteps, previous, clean_ids, noise_mask)
         length = hidden_BLH.shape[1]
-        joint = self.config.source_encoding == "joint" and source_ids is not None
-        if joint:
-            hidden_BLH, target_mask = self._prepend_source(
-                hidden_BLH, target_mask, source_ids, source_mask
-            )
-        elif cache is None and source_ids is not None:
-            cache = self.encode_source(source_ids, source_mask)
+        block_BNH, block_mask_BN, cache = self._read_source(
+            hidden_BLH, target_mask, cache, source_ids, source_mask
+        )
+        first = block_BNH.shape[1] - length - int(self.config.label_shift)
         hidden_BLH = self.backbone(
-            inputs_embeds=hidden_BLH,
-            attention_mask=target_mask,
+            inputs_embeds=block_BNH,
+            attention_mask=block_mask_BN,
             past_key_values=cache,
             mode="denoise",
-        ).last_hidden_state[:, -length:]
+        ).last_hidden_state[:, first : first + length]
         head = self.backbone.embeddings if self.lm_head is None else self.lm_head
         # float32, also under autocast: softmax and arg-max of the logits follow
         logits_BLV = F.linear(hidden_BLH, head.weight).float()
         return DenoiserOutput(logits=logits_BLV, last_hidden_state=hidden_BLH)
 
-    def _embed_source(self, source_ids: Tensor, source_mask: Tensor | None) -> Tensor:
-        hidden_BSH = self.backbone.embeddings(source_ids)
+    def _read_source(
+        self,
+        target_BLH: Tensor,
+        target_mask: Tensor | None,
+        cache: HybridCache | None,
+        source_ids: Tensor | None,
+        source_mask: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None, HybridCache | None]:
+        """The block that is denoised, its mask, and the cache in front of it."""
+        if self.config.label_shift:
+            source_ids, source_mask = self._source_or_bos(
+                source_ids, source_mask, cache, len(target_BLH)
+            )
+        if self.config.source_encoding == "joint" and source_ids is not None:
+            columns = slice(None)
+        else:
+            if cache is None and source_ids is not None:
+                cache = self.encode_source(source_ids, source_mask)
+            if not self.config.label_shift:
+                return target_BLH, target_mask, cache
+            columns = slice(-1, None)
+        block_BNH, block_mask_BN = self._prepend_source(
+            target_BLH, target_mask, source_ids, source_mask, columns
+        )
+        return block_BNH, block_mask_BN, cache
+
+    def _source_or_bos(
+        self,
+        source_ids: Tensor | None,
+        source_mask: Tensor | None,
+        cache: HybridCache | None,
+        batch: int,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The source, whose last token stands before the target; without one it is `<s>`."""
+        if source_ids is not None:
+            if source_mask is not None and not bool(source_mask[:, -1].all()):
+                raise ValueError(
+                    "label_shift needs a left-padded source with a token in every row, got padding "
+                    "in the last column"
+                )
+            return source_ids, source_mask
+        if cache is not None:
+            raise ValueError(
+                "label_shift needs source_ids beside the cache, for the source's last token; got "
+                "none"
+            )
+        bos = self.config.backbone_config.bos_token_id
+        if bos is None:
+            raise ValueError("label_shift without a source needs a bos_token_id, got None")
+        device = self.backbone.embeddings.weight.device
+        return torch.full((batch, 1), bos, device=device), None
+
+    def _embed_source(
+        self, source_ids: Tensor, source_mask: Tensor | None, columns: slice = slice(None)
+    ) -> Tensor:
+        """Embeddings of some columns of the source."""
+        hidden_BSH = self.backbone.embeddings(source_ids[:, columns])
         if self.source_positions is None:
             return hidden_BSH
         if source_mask is None:
@@ -156,7 +225,7 @@ class TessDenoiser(StrictPreTrainedModel):
         place_BS = (source_mask.long().cumsum(dim=1) - 1).clamp_(min=0)
         if source_ids.shape[1] > self.source_positions.num_embeddings:  # padding does not count
             _check_length("source", int(place_BS.max()) + 1, self.source_positions)
-        return hidden_BSH + self.source_positions(place_BS)
+        return hidden_BSH + self.source_positions(place_BS[:, columns])
 
     def _embed_target(
         self,
@@ -192,19 +261,23 @@ class TessDenoiser(StrictPreTrainedModel):
         target_mask: Tensor | None,
         source_ids: Tensor,
         source_mask: Tensor | None,
+        columns: slice,
     ) -> tuple[Tensor, Tensor]:
-        """TESS's layout: [source; target] as one block, left- and right-padded."""
-        source_BSH = self._embed_source(source_ids, source_mask)
+        """[source; target] as one block, left- and right-padded.
+
+        columns: of the source; all of them in TESS's joint layout.
+        """
+        source_BSH = self._embed_source(source_ids, source_mask, columns)
         if self.config.deepmind_conditional:
             nothing = torch.zeros_like(source_BSH)
-            noised_BS = torch.zeros_like(source_ids, dtype=torch.bool)
+            noised_BS = torch.zeros_like(source_ids[:, columns], dtype=torch.bool)
             source_BSH = self.self_conditioning.join(nothing, nothing, source_BSH, noised_BS)
         if source_mask is None:
             source_mask = torch.ones_like(source_ids)
         if target_mask is None:
             target_mask = source_mask.new_ones(target_BLH.shape[:2])
         hidden_BNH = torch.cat([source_BSH.to(target_BLH), target_BLH], dim=1)
-        return hidden_BNH, torch.cat([source_mask, target_mask.to(source_mask)], dim=1)
+        return hidden_BNH, torch.cat([source_mask[:, columns], target_mask.to(source_mask)], dim=1)
 
 
 def _positions(count: int, width: int) -> PositionEmbedding | None:

@@ -31,6 +31,7 @@ class Generation(Protocol):
     text: str
     num_new_tokens: int  # new tokens that are not padding
     nfe: int  # network evaluations spent on this text
+    num_accepted: int  # drafted tokens that are in it; 0 for decoders that do not draft
 
 
 class Decoder(Protocol):
@@ -39,6 +40,7 @@ class Decoder(Protocol):
     name: str
     num_parameters: int
     default_num_inference_steps: int | None  # None: it has no such thing
+    num_draft_tokens: int | None  # None: it does not draft
 
     def generate(
         self,
@@ -125,6 +127,10 @@ def evaluate(
         "new_tokens": new_tokens,
         "generation_seconds": seconds,
         "new_tokens_per_second": new_tokens / seconds if seconds > 0 else 0.0,
+        "milliseconds_per_token": 1e3 * seconds / new_tokens if new_tokens else None,
+        "tokens_per_forward": new_tokens / sum(nfe),
+        "num_draft_tokens": decoder.num_draft_tokens,
+        "acceptance_length": _acceptance_length(decoder, generations),
         "metrics": {
             "system": score(texts, references, sources),
             "copy_source": score(sources, references, sources),
@@ -143,6 +149,17 @@ def evaluate(
         for example, generation in zip(examples, generations, strict=True)
     ]
     return Evaluation(report, predictions)
+
+
+def _acceptance_length(decoder: Decoder, generations: Sequence[Generation]) -> float | None:
+    """Tokens that one check of a draft adds, on average: its own one, and the drafts that stay.
+
+    None for a decoder that does not draft, and where no text needed a check.
+    """
+    checks = sum(int(generation.nfe) - 1 for generation in generations)  # the first read the source
+    if decoder.num_draft_tokens is None or checks == 0:
+        return None
+    return 1 + sum(int(generation.num_accepted) for generation in generations) / checks
 
 
 def prepare_output_dir(path: str | Path) -> Path:
@@ -205,6 +222,8 @@ def markdown(report: Mapping[str, Any]) -> str:
         f"| new tokens (without padding) | {report['new_tokens']} |",
         f"| generation, seconds | {report['generation_seconds']:.2f} |",
         f"| new tokens per second | {report['new_tokens_per_second']:.1f} |",
+        f"| new tokens per network evaluation | {report['tokens_per_forward']:.2f} |",
+        *_draft_lines(report),
         "",
         "| setting | |",
         "|---|---|",
@@ -223,6 +242,15 @@ def markdown(report: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _draft_lines(report: Mapping[str, Any]) -> list[str]:
+    if report["acceptance_length"] is None:
+        return []
+    return [
+        f"| drafted tokens per evaluation | {report['num_draft_tokens']} |",
+        f"| tokens kept per evaluation of a draft | {report['acceptance_length']:.2f} |",
+    ]
+
+
 def summary(report: Mapping[str, Any]) -> str:
     """The figures that matter first, as a small text table for the terminal."""
     system, copy = report["metrics"]["system"], report["metrics"]["copy_source"]
@@ -235,7 +263,8 @@ def summary(report: Mapping[str, Any]) -> str:
             f"{'':<18}{'system':>10}{'copy':>10}",
             *rows,
             f"NFE mean {report['nfe_mean']:.2f}, max {report['nfe_max']}; "
-            f"{report['new_tokens_per_second']:.1f} new tokens/s",
+            f"{report['new_tokens_per_second']:.1f} new tokens/s, "
+            f"{report['tokens_per_forward']:.2f} tokens per evaluation",
         ]
     )
 

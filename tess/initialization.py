@@ -11,6 +11,7 @@ from tess.backbones.hybrid import HybridForCausalLM
 from tess.collators import objective_names
 from tess.config import TessConfig
 from tess.denoiser import TessDenoiser
+from tess.errors import UserError
 from tess.saving import Parts, copy_weights, load_parts
 from tess.schedulers.renoising import RenoisingScheduler
 from tess.tokenization import load_tokenizer, source_layout, train_tokenizer
@@ -32,6 +33,7 @@ def build_parts(settings: Settings, texts: Texts) -> Parts:
         name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")
     }
     fields = SMALL_BACKBONE | _direction(settings) | settings.model.backbone_overrides()
+    fields |= {"num_nextn_predict_layers": int(settings.causal.mtp_depth > 0)}
     backbone = HybridConfig(**(fields | ids | {"vocab_size": len(tokenizer)}))
     if settings.model.objective == "ar":
         return Parts(HybridForCausalLM(backbone), tokenizer)
@@ -80,7 +82,8 @@ def _adapted(settings: Settings, given: Parts) -> Parts:
     """The model of this run with the weights of another one, of either kind."""
     was = given.model.config
     backbone = was if isinstance(was, HybridConfig) else was.backbone_config
-    backbone = HybridConfig(**(_fields(backbone) | settings.model.backbone_overrides()))
+    changes = settings.model.backbone_overrides() | _predictor(settings, backbone)
+    backbone = HybridConfig(**(_fields(backbone) | changes))
     if settings.model.objective == "ar":
         parts = Parts(HybridForCausalLM(backbone), given.tokenizer)
     else:
@@ -94,6 +97,18 @@ def _adapted(settings: Settings, given: Parts) -> Parts:
         if names:
             logger.warning("of %s, %s %s", settings.model.init_from, ", ".join(names), what)
     return parts
+
+
+def _predictor(settings: Settings, was: HybridConfig) -> dict[str, int]:
+    """Whether the new model has a multi-token predictor: no denoiser has, and a given one stays."""
+    pattern = settings.model.mtp_hybrid_override_pattern
+    if was.num_nextn_predict_layers and pattern not in (None, was.mtp_hybrid_override_pattern):
+        raise UserError(
+            f"--mtp_hybrid_override_pattern {pattern} is not that of the predictor in --init_from, "
+            f"{was.mtp_hybrid_override_pattern}"
+        )
+    wanted = settings.causal.mtp_depth > 0 or was.num_nextn_predict_layers > 0
+    return {"num_nextn_predict_layers": int(wanted and settings.model.objective == "ar")}
 
 
 def _fields(config: PreTrainedConfig) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tess.backbones.config import HybridConfig
+from tess.backbones.hybrid import predictable
 from tess.errors import UserError
 from tess.schedulers.renoising import RenoisingScheduler
 
@@ -76,9 +77,8 @@ def tess_loss(
     inputs = {"sample": sample, "timesteps": timesteps_B, "target_mask": batch["target_mask"]}
     if not torch.equal(batch["noise_mask"], batch["target_mask"]):
         inputs |= {"clean_ids": target_ids_BL, "noise_mask": batch["noise_mask"]}
-    cache = core.encode_source(**source) if source else None
     # No cache: the layout is joint and the source is read in every pass, or there is no source.
-    context = source if cache is None else {"cache": cache}
+    context = source | {"cache": core.encode_source(**source) if source else None}
 
     previous_BLV = None
     if (
@@ -108,12 +108,23 @@ def _drop_sources(
     return {"source_ids": ids_BS, "source_mask": mask_BS}
 
 
-def ar_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+def ar_loss(
+    model: nn.Module,
+    batch: dict[str, Tensor],
+    *,
+    mtp_depth: int = 0,
+    mtp_loss_scale: float = 0.3,
+    next_token: bool = True,
+) -> Tensor:
     """Next-token cross-entropy of the target after the source, `</s>` included, in nats per token.
 
     Source and target become one left-padded sequence, so the causal masks and the Mamba states meet
     no padding between tokens. Rows without a source start with bos and every token of theirs is
     predicted.
+
+    With `mtp_depth` the multi-token predictor's cross-entropy, averaged over the depths, is added
+    times `mtp_loss_scale` (Megatron-LM's form; 0.3 in Nemotron 3 Super). Without `next_token` that
+    average alone is the loss, for a predictor trained behind a frozen backbone.
 
     Raises:
         UserError: for a batch with clean context inside the target, which has no autoregressive
@@ -132,8 +143,21 @@ def ar_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     # A stable sort of the mask moves all padding to the front and keeps the tokens' order.
     order_BN = mask_BN.argsort(dim=1, stable=True)
     ids_BN, mask_BN, weights_BN = (t.gather(1, order_BN) for t in (ids_BN, mask_BN, weights_BN))
-    logits_BNV = model(input_ids=ids_BN, attention_mask=mask_BN).logits
-    return weighted_cross_entropy(logits_BNV[:, :-1], ids_BN[:, 1:], weights_BN[:, 1:])
+    depth = max(0, min(mtp_depth, ids_BN.shape[1] - 2))  # a short batch has none further ahead
+    wanted_BN = weights_BN > 0  # the others' logits are not computed
+    out = model(input_ids=ids_BN, attention_mask=mask_BN, wanted=wanted_BN, mtp_depth=depth)
+
+    def mean_loss(logits_NV: Tensor, distance: int) -> Tensor:
+        chosen = predictable(wanted_BN, mask_BN, distance)
+        ids_N, weights_N = ids_BN[:, distance:][chosen], weights_BN[:, distance:][chosen]
+        loss_N = F.cross_entropy(logits_NV, ids_N, reduction="none")
+        return (loss_N * weights_N).sum() / weights_N.sum().clamp(min=1e-8)
+
+    ahead = [mean_loss(logits, d + 1) for d, logits in enumerate(out.mtp_logits or (), start=1)]
+    mean_ahead = torch.stack(ahead).mean() if ahead else out.logits.new_zeros(())
+    if not next_token:
+        return mean_ahead
+    return mean_loss(out.logits, 1) + mtp_loss_scale * mean_ahead
 
 
 def _ar_source(batch: dict[str, Tensor], bos_token_id: int | None) -> tuple[Tensor, Tensor]:

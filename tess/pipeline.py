@@ -270,22 +270,20 @@ class TessPipeline(DiffusionPipeline):
         return [gen_length] * len(sources)
 
     def _context(self, sources: list[list[int]], device: torch.device) -> dict[str, Any]:
-        """The source as the denoiser's forward takes it: a cache, or ids where there is none."""
+        """The source as the denoiser's forward takes it: ids, and their cache if there is one."""
         source_mask = _right_mask([len(row) for row in sources]).flip(1)
         source_ids = torch.full_like(source_mask, self.tokenizer.pad_token_id)
         source_ids[source_mask.bool()] = torch.tensor([token for row in sources for token in row])
         source_ids, source_mask = source_ids.to(device), source_mask.to(device)
         cache = self.denoiser.encode_source(source_ids, source_mask)
-        if cache is None:
-            return {"source_ids": source_ids, "source_mask": source_mask}
-        return {"cache": cache}
+        return {"source_ids": source_ids, "source_mask": source_mask, "cache": cache}
 
     def _empty_context(self, batch: int, device: torch.device) -> dict[str, Any]:
         ids = [self.tokenizer.bos_token_id, self.tokenizer.eos_token_id]
         context = self._context([[token for token in ids if token is not None]], device)
-        if "cache" in context:
-            return {"cache": context["cache"].repeat(batch)}
-        return {name: tensor.repeat(batch, 1) for name, tensor in context.items()}
+        cache = context.pop("cache")
+        repeated = {name: tensor.repeat(batch, 1) for name, tensor in context.items()}
+        return repeated | {"cache": None if cache is None else cache.repeat(batch)}
 
     def _cut(self, token_ids: Tensor, lengths: list[int]) -> Tensor:
         """Padding after the first `</s>` and outside the canvas."""

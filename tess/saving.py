@@ -2,7 +2,7 @@
 
 A `tess` checkpoint is a pipeline folder (model_index.json, denoiser/, scheduler/, tokenizer/); an
 `ar` checkpoint is a plain Hugging Face folder (config.json, model.safetensors, the tokenizer's
-files).
+files), in this project's layout or as NVIDIA releases Nemotron-H.
 """
 
 import json
@@ -18,8 +18,10 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
+from tess.backbones.checkpoint import load_checkpoint
 from tess.backbones.config import HybridConfig
 from tess.backbones.hybrid import HybridForCausalLM
+from tess.backbones.released import MODEL_TYPE, load_released
 from tess.config import TessConfig
 from tess.denoiser import TessDenoiser
 from tess.errors import UserError
@@ -28,6 +30,9 @@ from tess.schedulers.renoising import RenoisingScheduler
 from tess.tokenization import check_tokenizer, load_tokenizer
 
 Model = TessDenoiser | HybridForCausalLM
+
+CAUSAL_TYPES = (HybridConfig.model_type, MODEL_TYPE)
+"""`model_type` of the folders that hold a causal model: saved here, or released."""
 
 SCHEDULERS = {"RenoisingScheduler": RenoisingScheduler}
 """What a `tess` folder may name as its scheduler."""
@@ -113,12 +118,18 @@ def kind_of(folder: Path) -> str | None:
         config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError):
         return None
-    known = isinstance(config, dict) and config.get("model_type") == HybridConfig.model_type
+    known = isinstance(config, dict) and config.get("model_type") in CAUSAL_TYPES
     return "ar" if known else None
 
 
-def load_parts(folder: str | Path, dtype: torch.dtype = torch.float32) -> Parts:
-    """Read a checkpoint of either kind.
+def load_parts(
+    folder: str | Path,
+    dtype: torch.dtype | None = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Parts:
+    """Read a checkpoint of either kind, its weights straight onto `device`.
+
+    `dtype` None keeps the type that the config names.
 
     Raises:
         UserError: no checkpoint there, a broken file, an unknown scheduler or model type, a setting
@@ -130,21 +141,23 @@ def load_parts(folder: str | Path, dtype: torch.dtype = torch.float32) -> Parts:
     if kind is None:
         raise UserError(
             f"{folder} is not a checkpoint: expected a folder with model_index.json (tess), or "
-            f"with a config.json of model_type {HybridConfig.model_type!r} (ar)"
+            f"with a config.json of model_type {' or '.join(map(repr, CAUSAL_TYPES))} (ar)"
         )
     try:
         if kind == "tess":
             scheduler_class = _scheduler_class(folder)
             config = read_config(folder / "denoiser", TessConfig)
             parts = Parts(
-                model=TessDenoiser.from_pretrained(folder / "denoiser", config=config, dtype=dtype),
+                model=load_checkpoint(
+                    TessDenoiser, config, folder / "denoiser", dtype=dtype, device=device
+                ),
                 tokenizer=load_tokenizer(folder / "tokenizer"),
                 scheduler=scheduler_class.from_pretrained(folder / "scheduler"),
             )
         else:
-            config = read_config(folder, HybridConfig)
-            model = HybridForCausalLM.from_pretrained(folder, config=config, dtype=dtype)
-            parts = Parts(model=model, tokenizer=load_tokenizer(folder))
+            parts = Parts(
+                model=_load_causal(folder, dtype, device), tokenizer=load_tokenizer(folder)
+            )
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
         raise UserError(
             f"the checkpoint {folder} cannot be read: {' '.join(str(error).split())}"
@@ -155,6 +168,15 @@ def load_parts(folder: str | Path, dtype: torch.dtype = torch.float32) -> Parts:
         raise UserError(str(error)) from error
     check_tokenizer(parts.tokenizer, parts.model.config.vocab_size)
     return parts
+
+
+def _load_causal(
+    folder: Path, dtype: torch.dtype | None, device: torch.device | str
+) -> HybridForCausalLM:
+    if _read_mapping(folder / "config.json")["model_type"] == MODEL_TYPE:
+        return load_released(folder, dtype=dtype, device=device)
+    config = read_config(folder, HybridConfig)
+    return load_checkpoint(HybridForCausalLM, config, folder, dtype=dtype, device=device)
 
 
 def read_config(folder: Path, kind: type[TessConfig] | type[HybridConfig]) -> Any:

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
+from tess.backbones.feedforward import balance_routers
 from tess.saving import Parts, load_parts, replaced_folder, save_parts
 from tess.training_data import BucketSampler
 
@@ -66,7 +67,7 @@ class AfterUpdate(TrainerCallback):
     def on_optimizer_step(self, args, state, control, **kwargs) -> None:
         model = self.trainer.model
         if self.balance_rate:
-            model.backbone.balance_routers(self.balance_rate)
+            balance_routers(model, self.balance_rate)
         if self.trainer.average is not None:
             self.trainer.average.update(model, state.global_step)
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -90,6 +91,9 @@ def make_trainer(
     args.remove_unused_columns = False
     args.label_names = []
     collator = make_collator(settings, parts)
+    if settings.causal.freeze_backbone:
+        for name, parameter in parts.model.named_parameters():
+            parameter.requires_grad_(name.startswith("mtp."))
     trainer = TextTrainer(
         parts=parts,
         loss_function=make_loss(settings, parts),
@@ -136,7 +140,13 @@ def make_loss(
 ) -> Callable[[torch.nn.Module, dict[str, torch.Tensor]], torch.Tensor]:
     """(model, batch) -> loss."""
     if parts.scheduler is None:
-        return ar_loss
+        causal = settings.causal
+        return partial(
+            ar_loss,
+            mtp_depth=causal.mtp_depth,
+            mtp_loss_scale=causal.mtp_loss_scale,
+            next_token=not causal.freeze_backbone,
+        )
     diffusion = settings.diffusion
 
     def loss(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -174,16 +184,17 @@ def _record_settings(settings: Settings, resumed: bool) -> None:
     path = Path(settings.training.output_dir) / SETTINGS_FILE
     now = {
         name: dataclasses.asdict(getattr(settings, name))
-        for name in ("model", "diffusion", "data", "run")
+        for name in ("model", "diffusion", "causal", "data", "run")
     }
     if resumed and path.is_file():
         before = json.loads(path.read_text())
-        for group in ("model", "diffusion"):
-            changed = [key for key in now[group] if before[group].get(key) != now[group][key]]
+        for group in ("model", "diffusion", "causal"):
+            known = before.get(group, {})
+            changed = [key for key in now[group] if known.get(key) != now[group][key]]
             if changed:
                 raise UserError(
                     f"{path.parent} holds checkpoints of another run ({changed[0]} was "
-                    f"{before[group].get(changed[0])!r} and is {now[group][changed[0]]!r}); "
+                    f"{known.get(changed[0])!r} and is {now[group][changed[0]]!r}); "
                     "choose another --output_dir"
                 )
     try:

@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 
+from tess.arguments import DiffusionArguments
 from tess.backbones.config import HybridConfig
+from tess.backbones.hybrid import HybridForCausalLM
 from tess.config import MIXING, SELF_CONDITIONING, TessConfig
 from tess.denoiser import TessDenoiser
 from tess.schedulers.renoising import RenoisingScheduler
@@ -311,6 +313,154 @@ def test_head_is_the_word_embedding_when_tied():
     torch.testing.assert_close(out.logits, expected, rtol=1e-5, atol=1e-5)
 
 
+# --- label shift ---
+
+
+def shifting(pattern: str = "M*-EM*", **settings) -> TessDenoiser:
+    """A denoiser with label shift and learned positions, in float64."""
+    settings = {"num_source_positions": 12, "num_target_positions": 8} | settings
+    return make(pattern, label_shift=True, **settings).double()
+
+
+def causal_states(model: TessDenoiser, source: torch.Tensor, target: torch.Tensor):
+    """States and logits of a causal language model with the denoiser's weights, for each target."""
+    causal = HybridForCausalLM(model.config.backbone_config).double().eval()
+    weights = model.state_dict().items()
+    causal.load_state_dict({k: w for k, w in weights if k.startswith(("backbone.", "lm_head."))})
+    embeds = [model.backbone.embeddings(source), model.backbone.embeddings(target)]
+    for side, positions in enumerate((model.source_positions, model.target_positions)):
+        if positions is not None:
+            embeds[side] = embeds[side] + positions.weight[: embeds[side].shape[1]]
+    embeds = torch.cat(embeds, dim=1)
+    predicting = slice(source.shape[1] - 1, -1)
+    states = causal.backbone(inputs_embeds=embeds).last_hidden_state[:, predicting]
+    return states, causal(inputs_embeds=embeds).logits[:, predicting]
+
+
+def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((got - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("encoding", ["causal", "joint"])
+@pytest.mark.parametrize("positions", [0, 12])
+@pytest.mark.parametrize("lengths", [[(6, 5)], [(5, 4), (9, 7), (1, 8), (2, 1)]])
+def test_clean_targets_are_predicted_as_by_the_causal_model(encoding, positions, lengths):
+    settings = dict(
+        tie=False, direction="gated", source_encoding=encoding,
+        num_source_positions=positions, num_target_positions=positions,
+    )  # fmt: skip
+    # a gate of zero and no attention: denoising reads forward only, as the causal model
+    shifted = make("M-M", label_shift=True, **settings).double()
+    plain = make("M-M", **settings).double()
+    plain.load_state_dict(shifted.state_dict())
+    rows, source, source_mask, target, target_mask = batch_of(lengths)
+    inputs = dict(
+        sample=noised(target), timesteps=torch.rand(len(rows)), source_ids=source,
+        source_mask=source_mask, target_mask=target_mask, clean_ids=target,
+        noise_mask=torch.zeros_like(target),
+    )  # fmt: skip
+    got, unshifted = shifted(**inputs), plain(**inputs)
+    for i, (s, t) in enumerate(rows):
+        states, logits = causal_states(shifted, s, t)
+        length = t.shape[1]
+        assert relative_error(got.last_hidden_state[i : i + 1, :length], states) < 1e-10
+        # logits are rounded to float32
+        assert relative_error(got.logits[i : i + 1, :length], logits) < 1e-6
+        assert relative_error(unshifted.logits[i : i + 1, :length], logits) > 0.1
+
+
+@pytest.mark.parametrize("direction", ["forward", "bidirectional", "gated"])
+@pytest.mark.parametrize("lengths", [[(5, 4), (9, 7), (1, 6)], [(1, 3), (1, 8)], [(7, 4)]])
+def test_label_shift_with_a_cache_equals_the_source_recomputed(direction, lengths):
+    model = shifting(direction=direction)
+    rows, source, source_mask, target, target_mask = batch_of(lengths)
+    cache = model.encode_source(source, source_mask)
+    length = source.shape[1] - 1
+    assert cache.get_seq_length() == length and bool(cache.layers) == (length > 0)
+    previous = None
+    for t in (1.0, 0.5):
+        inputs = dict(
+            sample=noised(target, t), timesteps=torch.full((len(rows),), t), previous=previous,
+            source_ids=source, source_mask=source_mask, target_mask=target_mask,
+        )  # fmt: skip
+        cached = model(cache=cache, **inputs)
+        fresh = model(**inputs)
+        assert relative_error(cached.last_hidden_state, fresh.last_hidden_state) < 1e-12
+        assert cached.logits.shape == (*target.shape, V)
+        assert cached.last_hidden_state.shape == (*target.shape, H)
+        assert cache.get_seq_length() == length
+        previous = cached.logits.detach()
+
+
+def test_label_shift_reads_only_the_last_column_beside_a_cache():
+    model = shifting()
+    _, source, source_mask, target, _ = batch_of([(5, 4), (9, 4)])
+    cache = model.encode_source(source, source_mask)
+
+    def states(ids):
+        inputs = dict(cache=cache, source_ids=ids, source_mask=source_mask)
+        return model(noised(target), torch.full((2,), 0.5), **inputs).last_hidden_state
+
+    before, last = source.clone(), source.clone()
+    before[:, :-1] = 7
+    last[:, -1] = 7
+    assert torch.equal(states(before), states(source))
+    assert not torch.allclose(states(last), states(source))
+
+
+@pytest.mark.parametrize("encoding", ["causal", "joint"])
+@pytest.mark.parametrize("direction", ["bidirectional", "gated"])
+def test_prediction_with_label_shift_ignores_the_neighbours(encoding, direction):
+    model = shifting(source_encoding=encoding, direction=direction)
+    rows, source, source_mask, target, target_mask = batch_of([(5, 4), (9, 7), (1, 8), (2, 1)])
+    times, previous = torch.tensor([0.3, 0.6, 0.9, 0.1]), torch.randn(4, 8, V)
+    sample = RenoisingScheduler().add_noise(target, times, keys=torch.arange(4), vocab_size=V)
+    together = model(
+        sample, times, previous, None, source, source_mask, target_mask=target_mask
+    ).last_hidden_state
+    for i, (s, t) in enumerate(rows):
+        length = t.shape[1]
+        alone = RenoisingScheduler().add_noise(
+            t, times[i : i + 1], keys=torch.tensor([i]), vocab_size=V
+        )
+        got = model(alone, times[i : i + 1], previous[i : i + 1, :length], source_ids=s)
+        error = relative_error(together[i : i + 1, :length], got.last_hidden_state)
+        assert error < 1e-6  # the mixed probabilities are float32
+
+
+@pytest.mark.parametrize("encoding", ["causal", "joint"])
+def test_label_shift_without_a_source_is_that_after_bos(encoding):
+    model = shifting(source_encoding=encoding)
+    sample, times = noised(torch.randint(5, V, (2, 4))), torch.tensor([0.5, 0.2])
+    got = model(sample, times).last_hidden_state
+    bos = torch.full((2, 1), model.config.backbone_config.bos_token_id)
+    assert torch.equal(got, model(sample, times, source_ids=bos).last_hidden_state)
+    other = model(sample, times, source_ids=bos + 1).last_hidden_state
+    assert not torch.allclose(got, other)
+
+
+def test_label_shift_refuses_what_lacks_the_token_before_the_target():
+    model = make(label_shift=True)
+    source, times = torch.randint(5, V, (2, 3)), torch.tensor([0.5, 0.5])
+    sample = noised(torch.randint(5, V, (2, 4)))
+    with pytest.raises(ValueError, match="^label_shift needs source_ids beside the cache[^\n]*$"):
+        model(sample, times, cache=model.encode_source(source, None))
+    right_padded = torch.tensor([[1, 1, 1], [1, 1, 0]])
+    with pytest.raises(ValueError, match="^label_shift needs a left-padded source[^\n]*$"):
+        model(sample, times, source_ids=source, source_mask=right_padded)
+    model.config.backbone_config.bos_token_id = None
+    with pytest.raises(ValueError, match="^label_shift without a source needs a bos_[^\n]*None$"):
+        model(sample, times)
+
+
+def test_label_shift_is_off_by_default_and_its_flag_reaches_the_config():
+    assert not TessConfig(backbone_config=backbone()).label_shift
+    assert "label_shift" not in DiffusionArguments().denoiser_overrides()
+    for chosen in (True, False):
+        fields = DiffusionArguments(label_shift=chosen).denoiser_overrides()
+        assert TessConfig(backbone_config=backbone(), **fields).label_shift is chosen
+
+
 # --- checkpoints and mistakes ---
 
 
@@ -332,6 +482,18 @@ def test_checkpoint_comes_back_equal(tmp_path, tie, kind):
         assert torch.equal(tensor, after[name]), name
     sample, times = noised(torch.randint(5, V, (2, 4))), torch.tensor([0.2, 0.8])
     assert torch.equal(model(sample, times).logits, loaded(sample, times).logits)
+
+
+@pytest.mark.parametrize("label_shift", [False, True])
+def test_label_shift_comes_back_with_the_checkpoint(tmp_path, label_shift):
+    model = make(label_shift=label_shift)
+    model.save_pretrained(tmp_path)
+    loaded = TessDenoiser.from_pretrained(tmp_path)
+    assert loaded.config.label_shift is label_shift
+    sample, times = noised(torch.randint(5, V, (2, 4))), torch.tensor([0.2, 0.8])
+    source = torch.randint(5, V, (2, 3))
+    got = [m(sample, times, source_ids=source).logits for m in (model, loaded)]
+    assert torch.equal(*got)
 
 
 def test_checkpoint_with_missing_or_unknown_tensors_is_refused_by_name(tmp_path):
@@ -357,6 +519,11 @@ def test_checkpoint_with_missing_or_unknown_tensors_is_refused_by_name(tmp_path)
         ({"self_conditioning": "logits", "self_conditioning_mix": "logits"}, "needs .*embeddings"),
         ({"self_conditioning": None, "deepmind_conditional": True}, "needs self_conditioning"),
         ({"self_conditioning_mlp": True}, "self_conditioning_mlp works with"),
+        (
+            {"label_shift": True, "source_encoding": "bidirectional"},
+            "label_shift .* needs source_encoding 'causal' or 'joint', got 'bidirectional'",
+        ),
+        ({"label_shift": True, "deepmind_conditional": True}, "excludes deepmind_conditional"),
         (
             {
                 "self_conditioning_mix": "logits",

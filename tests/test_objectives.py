@@ -71,8 +71,9 @@ def test_weighted_mean_is_the_mean_over_weighted_tokens():
     assert weighted_cross_entropy(logits, ids, weights) == pytest.approx(want.item(), rel=1e-6)
 
 
-def test_padding_does_not_change_the_loss():
-    model, batch = denoiser().eval(), pairs()
+@pytest.mark.parametrize("label_shift", [False, True])
+def test_padding_does_not_change_the_loss(label_shift):
+    model, batch = denoiser(label_shift=label_shift).eval(), pairs()
 
     def loss(batch):
         with pytest.MonkeyPatch.context() as patch:
@@ -113,6 +114,18 @@ def test_every_weight_learns_also_after_a_first_pass(encoding, bf16):
     ]
     # With one expert per token the normalised router weight is a constant.
     assert [name for name in without if "gate.weight" not in name] == []
+
+
+@pytest.mark.parametrize("encoding", ["causal", "joint"])
+@pytest.mark.parametrize("with_source", [True, False])
+def test_every_backbone_weight_gets_a_finite_gradient_with_label_shift(encoding, with_source):
+    model = denoiser(source_encoding=encoding, label_shift=True).train()
+    batch = {name: t for name, t in pairs().items() if with_source or "source" not in name}
+    tess_loss(model, SCHEDULER, batch, self_conditioning_probability=1.0).backward()
+    for name, parameter in model.backbone.named_parameters():
+        assert parameter.grad.isfinite().all(), name
+        # With one expert per token the normalised router weight is a constant.
+        assert parameter.grad.any() or "gate.weight" in name, name
 
 
 def test_the_first_pass_has_no_gradient_and_matters():

@@ -74,6 +74,9 @@ def run(pipeline: TessPipeline, prompts, **arguments) -> TessPipelineOutput:
         ({}, {"guidance_scale": 2.0}),
         ({"source_encoding": "joint"}, {"guidance_scale": 2.0, "top_p": 0.8}),
         ({"deepmind_conditional": True, "source_encoding": "joint"}, {}),
+        ({"label_shift": True}, {}),
+        ({"label_shift": True}, {"guidance_scale": 2.0}),
+        ({"label_shift": True, "source_encoding": "joint"}, {"top_p": 0.9}),
     ],
 )
 def test_texts_depend_neither_on_the_batch_nor_on_the_order(tokenizer, settings, arguments):
@@ -126,6 +129,14 @@ def test_given_keys_stand_for_the_seed(tokenizer):
     together = run(pipeline, None, input_ids=sources)
     last = pipeline(input_ids=sources[2:], num_inference_steps=6, keys=keys[2:])
     assert last.texts == together.texts[2:] != together.texts[:1]
+
+
+def test_a_source_of_one_token_is_read_with_label_shift_alone_and_in_a_batch(tokenizer):
+    pipeline = make(tokenizer, label_shift=True)
+    pipeline.denoiser.double()
+    rows = [[1], [1, *tokenizer(PROMPTS[0], add_special_tokens=False)["input_ids"], 2]]
+    together = run(pipeline, None, input_ids=rows, gen_length=9).texts
+    assert run(pipeline, None, input_ids=rows[:1], gen_length=9).texts == together[:1]
 
 
 # --- what comes out ---

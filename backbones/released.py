@@ -1,0 +1,190 @@
+"""Folders in the layout of NVIDIA's releases: `model_type: nemotron_h`, config.json, safetensors.
+
+Reading takes old and new spellings, either expert layout, and the multi-token predictor (`mtp.*`).
+Writing gives the released names, one tensor per expert unless asked otherwise, so that
+transformers and inference engines read the result.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tess.backbones.checkpoint import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    load_checkpoint,
+    split_experts,
+    tensor_names,
+)
+from tess.backbones.config import HybridConfig
+from tess.backbones.hybrid import HybridForCausalLM
+from tess.backbones.pretrained import stays_float32
+
+MODEL_TYPE = "nemotron_h"
+EXPERT_LAYOUTS = ("per_expert", "stacked")
+MAX_SHARD_BYTES = 5_000_000_000
+
+_OURS_ALONE = ("mamba_direction", "mtp_after_norm_f")  # the released layout has no such fields
+_HISTORY = ("_name_or_path", "architectures", "dtype", "transformers_version", "model_type")
+
+
+def read_released_config(folder: str | Path) -> HybridConfig:
+    """The config of a released folder, bare `Infinity` and all spellings included.
+
+    Raises:
+        ValueError: not such a folder, a quantized one, or values that `HybridConfig` refuses.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} has no config.json; expected a released checkpoint folder")
+    try:  # transformers' reader knows every way to write infinity
+        fields, _ = HybridConfig.get_config_dict(folder)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no JSON object: {' '.join(str(error).split())}") from error
+    if fields.get("model_type") != MODEL_TYPE:
+        found = fields.get("model_type")
+        raise ValueError(f"{path} has model_type {found!r}; expected {MODEL_TYPE!r}")
+    if method := fields.get("quantization_config"):
+        name = method.get("quant_method", "unknown") if isinstance(method, dict) else method
+        raise ValueError(f"{path} describes quantized weights ({name}); expected BF16 or F32")
+    if "dtype" not in fields and "torch_dtype" in fields:
+        fields["dtype"] = fields.pop("torch_dtype")
+    fields.pop("auto_map", None)  # names remote code, which is not used
+    try:
+        return HybridConfig(**fields)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} cannot be used: {' '.join(str(error).split())}") from error
+
+
+def load_released(
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    mtp: bool = True,
+) -> HybridForCausalLM:
+    """Read a released folder straight into a model on `device`, in `dtype` (None: the stored one).
+
+    `mtp=False` leaves a multi-token predictor out, and reads folders whose config names one but
+    whose files lost it, as those that transformers saves.
+
+    Raises:
+        ValueError: see `read_released_config` and `load_checkpoint`.
+    """
+    config = read_released_config(folder)
+    if not mtp:
+        config.num_nextn_predict_layers = 0
+    elif config.num_nextn_predict_layers and not any(
+        name.startswith("mtp.") for name in tensor_names(folder)
+    ):
+        raise ValueError(
+            f"{folder} has no mtp.* tensors, though num_nextn_predict_layers in its config.json is "
+            "1 (transformers drops them when it saves); read it with mtp=False"
+        )
+    return load_checkpoint(
+        HybridForCausalLM, config, folder, dtype=dtype, device=device,
+        leaves_out=lambda name: not mtp and name.startswith("mtp."),
+    )  # fmt: skip
+
+
+def save_released(
+    model: HybridForCausalLM,
+    folder: str | Path,
+    *,
+    expert_layout: str = "per_expert",
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write config, weights and generation settings in the released layout, shard by shard.
+
+    Tensors keep their type; what is float32 for precision alone is written in the type of the other
+    weights where that loses nothing, so that reading and writing changes no bit of a file. The
+    gates of the reverse scan are left out: no causal function reads them.
+
+    Raises:
+        ValueError: an unknown expert layout.
+    """
+    if expert_layout not in EXPERT_LAYOUTS:
+        raise ValueError(
+            f"expert_layout must be one of {', '.join(EXPERT_LAYOUTS)}, got {expert_layout!r}"
+        )
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    dtype = model.backbone.embeddings.weight.dtype
+    _write_config(model.config, dtype, folder)
+    model.generation_config.save_pretrained(folder)
+    shards = list(_shards(_tensors(model, expert_layout), max_shard_bytes))
+    names = [
+        SINGLE_FILE if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        for i in range(1, len(shards) + 1)
+    ]
+    for name, shard in zip(names, shards):
+        tensors = {key: make() for key, make in shard}
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+    if len(shards) > 1:
+        weight_map = {key: name for name, shard in zip(names, shards) for key, _ in shard}
+        total = sum(size for _, size, _ in _tensors(model, expert_layout))
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def released_fields(config: HybridConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """config.json of the released layout for a model with weights of `dtype`."""
+    # every field of the class, defaults too (readers have defaults of their own), and what a file
+    # had beyond these
+    own = {name: getattr(config, name) for name in HybridConfig.__annotations__}
+    fields = config.to_diff_dict() | own | {"num_hidden_layers": config.num_hidden_layers}
+    for name in (*_OURS_ALONE, *_HISTORY):
+        fields.pop(name, None)
+    return {
+        "architectures": ["NemotronHForCausalLM"],
+        "model_type": MODEL_TYPE,
+        "dtype": str(dtype).removeprefix("torch."),
+        **dict(sorted(fields.items())),
+    }
+
+
+def _write_config(config: HybridConfig, dtype: torch.dtype, folder: Path) -> None:
+    # json writes an open step limit as the bare Infinity that released files have
+    text = json.dumps(released_fields(config, dtype), indent=2)
+    (folder / "config.json").write_text(text + "\n")
+
+
+def _tensors(
+    model: HybridForCausalLM, expert_layout: str
+) -> Iterator[tuple[str, int, Callable[[], Tensor]]]:
+    """(name, bytes, how to make it) of everything that is written."""
+    dtype = model.backbone.embeddings.weight.dtype
+    tied = set(model.all_tied_weights_keys)
+    for name, tensor in model.state_dict().items():
+        if name in tied or name.endswith(".reverse_gate"):
+            continue
+        kind = tensor.dtype
+        is_bias = name.endswith("e_score_correction_bias")  # float32 in every release
+        if stays_float32(name) and not is_bias and torch.equal(tensor.to(dtype).to(kind), tensor):
+            kind = dtype
+        parts = split_experts(name, tensor) if expert_layout == "per_expert" else [(name, tensor)]
+        for key, part in parts:
+            # a copy: parts of one tensor may not share memory in a file
+            make = partial(part.detach().contiguous().to, "cpu", kind, copy=True)
+            yield key, part.numel() * kind.itemsize, make
+
+
+def _shards(
+    tensors: Iterator[tuple[str, int, Callable[[], Tensor]]], max_bytes: int
+) -> Iterator[list[tuple[str, Callable[[], Tensor]]]]:
+    shard: list[tuple[str, Callable[[], Tensor]]] = []
+    filled = 0
+    for name, size, make in tensors:
+        if shard and filled + size > max_bytes:
+            yield shard
+            shard, filled = [], 0
+        shard.append((name, make))
+        filled += size
+    if shard:
+        yield shard

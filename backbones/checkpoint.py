@@ -67,6 +67,8 @@ def load_checkpoint(
     """
     folder = Path(folder)
     dtype = dtype or config.dtype or torch.float32
+    if isinstance(dtype, str):  # as it stands in a config that was just saved
+        dtype = getattr(torch, dtype)
     with init_empty_weights(include_buffers=False):
         model = model_class(config)
     pieces = _plan(model, folder, starts_new, leaves_out)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -58,7 +59,7 @@ def read_released_config(folder: str | Path) -> HybridConfig:
     fields.pop("auto_map", None)  # names remote code, which is not used
     try:
         return HybridConfig(**fields)
-    except (TypeError, ValueError) as error:
+    except (StrictDataclassError, TypeError, ValueError) as error:
         raise ValueError(f"{path} cannot be used: {' '.join(str(error).split())}") from error
 
 
@@ -103,8 +104,9 @@ def save_released(
     """Write config, weights and generation settings in the released layout, shard by shard.
 
     Tensors keep their type; what is float32 for precision alone is written in the type of the other
-    weights where that loses nothing, so that reading and writing changes no bit of a file. The
-    gates of the reverse scan are left out: no causal function reads them.
+    weights where that loses nothing, so that reading and writing changes no bit of a file. A
+    head tied to the embedding is written out, since readers of this layout do not tie. The gates of
+    the reverse scan are left out: no causal function reads them.
 
     Raises:
         ValueError: an unknown expert layout.
@@ -139,6 +141,7 @@ def released_fields(config: HybridConfig, dtype: torch.dtype) -> dict[str, Any]:
     # had beyond these
     own = {name: getattr(config, name) for name in HybridConfig.__annotations__}
     fields = config.to_diff_dict() | own | {"num_hidden_layers": config.num_hidden_layers}
+    fields["tie_word_embeddings"] = False
     for name in (*_OURS_ALONE, *_HISTORY):
         fields.pop(name, None)
     return {
@@ -160,9 +163,8 @@ def _tensors(
 ) -> Iterator[tuple[str, int, Callable[[], Tensor]]]:
     """(name, bytes, how to make it) of everything that is written."""
     dtype = model.backbone.embeddings.weight.dtype
-    tied = set(model.all_tied_weights_keys)
     for name, tensor in model.state_dict().items():
-        if name in tied or name.endswith(".reverse_gate"):
+        if name.endswith(".reverse_gate"):
             continue
         kind = tensor.dtype
         is_bias = name.endswith("e_score_correction_bias")  # float32 in every release

@@ -24,7 +24,8 @@ INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 _DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # what is read, and its bytes
 _EXPERT = re.compile(r"(.*\bmixer\.experts)\.(\d+)\.(up_proj|down_proj)\.weight")
-_MAPPED_BYTES = 64 << 20  # a file is mapped anew after so much of it, or all of it stays resident
+_BLOCK_BYTES = 4 << 20  # copied at a time
+_MAPPED_BYTES = 32 << 20  # a file is mapped anew after so much of it, or all of it stays resident
 
 
 @dataclass(frozen=True)
@@ -263,15 +264,16 @@ class _Reader:
     def copy(self, piece: _Piece, target: Tensor) -> None:
         """Fill `target`, of any type and device, in blocks of rows."""
         rows = max(1, piece.shape[0])
-        row_bytes = target.numel() // rows * 4
-        step = max(1, _MAPPED_BYTES // max(1, row_bytes))
+        row_bytes = target.numel() // rows * target.element_size()
+        step = max(1, _BLOCK_BYTES // max(1, row_bytes))
         for start in range(0, rows, step):
             stop = min(start + step, rows)
             if piece.file != self.file or self.mapped > _MAPPED_BYTES:
                 self.close()
                 self.file, self.opened = piece.file, _open(piece.file)
             self.mapped += (stop - start) * row_bytes
-            target[start:stop].copy_(self.opened.get_slice(piece.key)[start:stop])
+            part = self.opened.get_slice(piece.key)[start:stop]  # a copy, unlike a whole tensor
+            target[start:stop].copy_(part)
 
     def close(self) -> None:
         """Give the mapping back."""

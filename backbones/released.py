@@ -39,7 +39,7 @@ def read_released_config(folder: str | Path) -> HybridConfig:
     """The config of a released folder, bare `Infinity` and all spellings included.
 
     Raises:
-        ValueError: not such a folder, a quantized one, or values that `HybridConfig` refuses.
+        ValueError: not such a folder, or values that `HybridConfig` refuses.
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
@@ -51,9 +51,6 @@ def read_released_config(folder: str | Path) -> HybridConfig:
     if fields.get("model_type") != MODEL_TYPE:
         found = fields.get("model_type")
         raise ValueError(f"{path} has model_type {found!r}; expected {MODEL_TYPE!r}")
-    if method := fields.get("quantization_config"):
-        name = method.get("quant_method", "unknown") if isinstance(method, dict) else method
-        raise ValueError(f"{path} describes quantized weights ({name}); expected BF16 or F32")
     if "dtype" not in fields and "torch_dtype" in fields:
         fields["dtype"] = fields.pop("torch_dtype")
     fields.pop("auto_map", None)  # names remote code, which is not used
@@ -76,9 +73,13 @@ def load_released(
     whose files lost it, as those that transformers saves.
 
     Raises:
-        ValueError: see `read_released_config` and `load_checkpoint`.
+        ValueError: quantized weights; see `read_released_config` and `load_checkpoint` too.
     """
     config = read_released_config(folder)
+    if method := getattr(config, "quantization_config", None):
+        name = method.get("quant_method", "unknown") if isinstance(method, dict) else method
+        path = Path(folder) / "config.json"
+        raise ValueError(f"{path} describes quantized weights ({name}); expected BF16 or F32")
     if not mtp:
         config.num_nextn_predict_layers = 0
     elif config.num_nextn_predict_layers and not any(

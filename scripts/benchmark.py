@@ -5,18 +5,23 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from tess.benchmark_decoding import benchmark_decoding, format_decoding
+from tess.benchmark_loading import benchmark_loading, format_loading
 from tess.benchmarks import benchmark_backbone, format_table
-from tess.cli import run
+from tess.cli import default_checkpoint, run
 from tess.errors import UserError
 
 JSON_KEYS = """\
 --json FILE writes one object; its keys are stable:
-  benchmark             "backbone"
-  rival                 what it is compared with
+  benchmark             "backbone", "decoding" or "loading"
+  rival                 what it is compared with (backbone, decoding)
+  environment           date, processor, threads, python, torch, transformers
+  rows                  a list with an object per line of the table
+backbone:
   pattern, hidden_size, length, batch, seed
                         what was run
   relative_difference   of the two outputs, as a share of the rival's norm
-  rows                  a list with an object per line of the table:
+  of each row:
       what              "forward" or "forward + backward"
       dtype             "float32" or "bfloat16" (autocast)
       ours_ms, rival_ms medians in milliseconds
@@ -24,7 +29,27 @@ JSON_KEYS = """\
       ratio_q1, ratio_q3
                         its quartiles
       pairs             measurements of each
-  environment           date, processor, threads, python, torch, transformers
+decoding:
+  checkpoint, parameters, dtype, sources, repeats
+                        what was run: a model, its size, packaged texts, passes over each batch
+  of each row:
+      system            "ar", "ar+mtp, N drafted" or "transformers"
+      batch_size        texts at once
+      new_tokens        written in one pass over all sources
+      ms_per_token      best pass over each batch, summed, per new token
+      speedup           median over batches of ar's time / the system's: above 1, it is faster
+      equal_texts       texts that equal those of ar
+      acceptance_length tokens that one check of a draft adds; null without drafts
+      accepted_share    drafted tokens that stay; null without drafts
+      tokens_per_forward
+                        new tokens per evaluation of the model; reading the source is one
+loading:
+  tensor_bytes, shards  what was read: size of all tensors, number of files
+  of each row:
+      system            "ours" or "transformers"
+      peak              most resident bytes while reading, mapped files included, less those before
+      peak_share        peak / tensor_bytes
+      seconds           of one read, files in the page cache
 """
 
 
@@ -36,8 +61,8 @@ def positive(text: str) -> int:
     return value
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Parse, measure, print the table, and write the figures if asked."""
+def make_parser() -> argparse.ArgumentParser:
+    """The subcommands and their flags."""
     layout = {"epilog": JSON_KEYS, "formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = argparse.ArgumentParser(description=__doc__, **layout)
     commands = parser.add_subparsers(dest="command", required=True, metavar="SUBCOMMAND")
@@ -49,12 +74,56 @@ def main(argv: Sequence[str] | None = None) -> None:
     backbone.add_argument("--batch", type=positive, default=1, help="rows (default: 1)")
     backbone.add_argument("--repeats", type=positive, default=15, help="pairs (default: 15)")
     backbone.add_argument("--seed", type=int, default=0, help="weights and input (default: 0)")
-    backbone.add_argument("--json", type=Path, help="also write all figures here, see below")
-    args = parser.parse_args(argv)
+
+    decoding = commands.add_parser(
+        "decoding", help="greedy AR, AR + MTP and transformers' generate on one model", **layout
+    )
+    decoding.add_argument("--checkpoint", type=Path, help="with a predictor (default: the shipped)")
+    decoding.add_argument("--rows", type=positive, default=200, help="sources (default: 200)")
+    decoding.add_argument(
+        "--batch_size", type=positive, nargs="+", default=[1, 8], help="(default: 1 8)"
+    )
+    decoding.add_argument(
+        "--num_draft_tokens", type=positive, nargs="+", default=[1, 2, 3, 4, 6],
+        help="(default: 1 2 3 4 6)",
+    )  # fmt: skip
+    decoding.add_argument("--repeats", type=positive, default=3, help="passes (default: 3)")
+    decoding.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="(default: float32)"
+    )
+
+    loading = commands.add_parser(
+        "loading", help="peak memory of reading a released folder", **layout
+    )
+    loading.add_argument("--megabytes", type=positive, default=400, help="(default: 400)")
+    loading.add_argument("--shard_megabytes", type=positive, default=100, help="(default: 100)")
+    for command in (backbone, decoding, loading):
+        command.add_argument("--json", type=Path, help="also write all figures here, see below")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse, measure, print the table, and write the figures if asked."""
+    args = make_parser().parse_args(argv)
     if args.json is not None and not args.json.resolve().parent.is_dir():
         raise UserError(f"--json {args.json}: there is no folder {args.json.resolve().parent}")
-    result = benchmark_backbone(args.pattern, args.length, args.batch, args.repeats, args.seed)
-    print(format_table(result))
+    if args.command == "backbone":
+        result = benchmark_backbone(args.pattern, args.length, args.batch, args.repeats, args.seed)
+        table = format_table(result)
+    elif args.command == "decoding":
+        result = benchmark_decoding(
+            args.checkpoint or default_checkpoint(),
+            rows=args.rows,
+            batch_sizes=args.batch_size,
+            drafts=args.num_draft_tokens,
+            repeats=args.repeats,
+            dtype=args.dtype,
+        )
+        table = format_decoding(result)
+    else:
+        result = benchmark_loading(args.megabytes, args.shard_megabytes)
+        table = format_loading(result)
+    print(table)
     if args.json is not None:
         args.json.write_text(json.dumps(result, indent=2) + "\n")
 

@@ -19,6 +19,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from tess.backbones.config import HybridConfig
+from tess.backbones.presets import PRESETS
 from tess.errors import UserError
 
 
@@ -30,7 +31,7 @@ def _option(default: Any, help: str, **more: Any) -> Any:
 
 @dataclass
 class ModelArguments:
-    """The backbone and the tokenizer; sizes left out are those of `SMALL_BACKBONE`."""
+    """The backbone and the tokenizer; sizes left out are the preset's, or `SMALL_BACKBONE`'s."""
 
     objective: str = _option(
         "tess",
@@ -50,6 +51,11 @@ class ModelArguments:
     vocab_size: int | None = _option(
         None,
         "Ids of the model; default: 4096 for a trained tokenizer, else the tokenizer's own size.",
+    )
+    preset: str | None = _option(
+        None,
+        "Sizes of a new model by name (scripts/model_info.py --help lists them); given sizes "
+        "win, and the vocabulary is the tokenizer's.",
     )
     hybrid_override_pattern: str | None = _option(
         None, "One letter per layer: M Mamba-2, * attention, - MLP, E mixture of experts."
@@ -462,6 +468,10 @@ def _check(settings: Settings) -> None:
         raise UserError("give exactly one of --tokenizer, --train_tokenizer and --init_from")
     if model.init_from and (sizes := sorted(set(model.backbone_overrides()) - CHANGEABLE)):
         raise UserError(f"--{sizes[0]} is fixed by the checkpoint that --init_from names")
+    if model.preset and model.init_from:
+        raise UserError("--preset is for a new model, and --init_from names one that is there")
+    if model.preset and model.preset not in PRESETS:
+        raise UserError(_unknown(model.preset, list(PRESETS), "preset"))
     _check_causal(settings)
     for name in ("max_source_length", "max_target_length"):
         if getattr(data, name) < 3:

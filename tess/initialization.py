@@ -8,6 +8,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizer
 from tess.arguments import SMALL_BACKBONE, Settings
 from tess.backbones.config import HybridConfig
 from tess.backbones.hybrid import HybridForCausalLM
+from tess.backbones.presets import PRESETS
 from tess.collators import objective_names
 from tess.config import TessConfig
 from tess.denoiser import TessDenoiser
@@ -32,7 +33,8 @@ def build_parts(settings: Settings, texts: Texts) -> Parts:
     ids = {
         name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")
     }
-    fields = SMALL_BACKBONE | _direction(settings) | settings.model.backbone_overrides()
+    sizes = PRESETS[settings.model.preset] if settings.model.preset else SMALL_BACKBONE
+    fields = sizes | _direction(settings) | settings.model.backbone_overrides()
     fields |= {"num_nextn_predict_layers": int(settings.causal.mtp_depth > 0)}
     backbone = HybridConfig(**(fields | ids | {"vocab_size": len(tokenizer)}))
     if settings.model.objective == "ar":

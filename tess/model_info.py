@@ -1,19 +1,18 @@
 """What a checkpoint folder or a preset holds: parameters, its cache, the least times on a GPU."""
 
-import json
 from copy import copy
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from tess.backbones.config import HybridConfig
 from tess.backbones.feedforward import StackedExperts
 from tess.backbones.hybrid import HybridForCausalLM
 from tess.backbones.presets import PRESETS, preset_config
+from tess.backbones.released import MODEL_TYPE, read_released_config
 from tess.config import TessConfig
 from tess.denoiser import TessDenoiser
 from tess.errors import UserError
@@ -25,9 +24,6 @@ from tess.roofline import (
     ssm_bytes_per_sequence,
 )
 from tess.saving import read_config
-
-RELEASED = "nemotron_h"
-"""The model_type in the config.json of NVIDIA's checkpoints."""
 
 
 def describe(
@@ -157,18 +153,13 @@ def _or_preset(place: Path | str) -> str:
 def _read_config(folder: Path) -> TessConfig | HybridConfig:
     path = folder / "config.json"
     model_type = TessConfig.get_config_dict(folder)[0].get("model_type")
-    if model_type == RELEASED:
-        return _read_released(path)
+    if model_type == MODEL_TYPE:
+        try:
+            return read_released_config(folder)
+        except ValueError as error:
+            raise UserError(str(error)) from error
     kinds = {kind.model_type: kind for kind in (TessConfig, HybridConfig)}
     if model_type not in kinds:
-        known = ", ".join([*kinds, RELEASED])
+        known = ", ".join([*kinds, MODEL_TYPE])
         raise UserError(f"{path} has model_type {model_type!r}; expected one of {known}")
     return read_config(folder, kinds[model_type])
-
-
-def _read_released(path: Path) -> HybridConfig:
-    """NVIDIA's file: the same fields, which the config accepts in all their spellings."""
-    try:
-        return HybridConfig(**json.loads(path.read_text()))
-    except (StrictDataclassError, TypeError, ValueError) as error:
-        raise UserError(f"{path} cannot be used: {' '.join(str(error).split())}") from error

@@ -11,6 +11,7 @@ from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from tess.arguments import Settings
+from tess.backbones.pretrained import stays_float32
 from tess.collators import Canvas, Collator, objective_names
 from tess.errors import UserError
 from tess.initialization import build_parts, store_limits
@@ -163,15 +164,16 @@ def make_loss(
 
 
 def save_final(trainer: TextTrainer, final: Path, dtype: torch.dtype) -> None:
-    """Write the (averaged) weights as `dtype`; buffers (the routers' bias) stay as they are."""
+    """Write the (averaged) weights as `dtype`, but what stays float32 in memory as it is."""
     parts = trainer.parts
     model = type(parts.model)(parts.model.config)
     if model.can_generate():
         model.generation_config = parts.model.generation_config
     with trainer.averaged_weights():
         model.load_state_dict(parts.model.state_dict())
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
+    for name, parameter in model.named_parameters():
+        if not stays_float32(name):
+            parameter.data = parameter.data.to(dtype)
     with replaced_folder(final) as folder:
         save_parts(dataclasses.replace(parts, model=model), folder)
 

@@ -163,6 +163,32 @@ def test_greedy_generation_equals_transformers():
     assert torch.equal(uncached, want)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 3, "length_penalty": 0.5},
+        {"num_beams": 4, "num_return_sequences": 2, "early_stopping": True},
+        {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "bad_words_ids": [[7], [9, 11]]},
+        {"eos_token_id": [5, 17], "min_new_tokens": 4},
+        {"do_sample": True, "top_p": 0.9, "temperature": 1.4},
+        {"do_sample": True, "top_k": 5, "num_return_sequences": 2},
+    ],
+    ids=["beam", "beams", "processors", "stopping", "nucleus", "top-k"],
+)
+@torch.no_grad()
+def test_every_way_to_generate_equals_transformers(options):
+    oracle, ours = build("all-mixers")
+    ids, mask = torch.randint(3, 61, (3, 12)), torch.ones(3, 12, dtype=torch.long)
+    mask[1, :5], mask[2, :11] = 0, 0
+    options = {"max_new_tokens": 15, "do_sample": False, "pad_token_id": 0} | options
+    options = {"eos_token_id": 29} | options
+    texts = []
+    for model in (oracle, ours):
+        torch.manual_seed(3)
+        texts.append(model.generate(ids, attention_mask=mask, **options))
+    assert torch.equal(*texts)
+
+
 def test_old_and_new_spelling_of_a_config_build_the_same_model():
     old = HybridConfig(
         hybrid_override_pattern="M*E-", mamba_n_groups=2, mamba_d_conv=3, mamba_chunk_size=32,

@@ -91,6 +91,36 @@ def test_sampled_texts_do_not_depend_on_batch_or_order(checkpoints, name):
     assert decoder.generate(TEXTS[::-1], **options)[::-1] == together[:4]
 
 
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.9, "temperature": 1.5}])
+@pytest.mark.parametrize("drafts", [1, 4])
+def test_drafts_change_no_text_greedy_or_sampled_and_are_counted(drafting, options, drafts):
+    plain = load_decoder(drafting, "ar").generate(TEXTS, **options)
+    decoder = load_decoder(drafting, "ar+mtp", num_draft_tokens=drafts)
+    assert (decoder.name, decoder.num_draft_tokens) == ("ar+mtp", drafts)
+    for batch_size in (1, 4):
+        drafted = decoder.generate(TEXTS, batch_size=batch_size, **options)
+        assert [g.token_ids for g in drafted] == [g.token_ids for g in plain]
+        for one, other in zip(plain, drafted):
+            assert other.num_drafted == (other.nfe - 1) * drafts
+            assert one.nfe <= other.nfe + other.num_accepted
+            assert other.nfe <= one.nfe
+    assert len({generation.text for generation in plain}) > 1
+
+
+@pytest.fixture(scope="module")
+def drafting(checkpoints, tmp_path_factory):
+    """As the `ar` checkpoint, with a predictor of random weights."""
+    folder = tmp_path_factory.mktemp("drafting")
+    parts = load_parts(checkpoints / "ar")
+    fields = parts.model.config.to_dict() | {"num_nextn_predict_layers": 1}
+    torch.manual_seed(5)
+    model = HybridForCausalLM(HybridConfig(**fields))
+    model.load_state_dict(parts.model.state_dict(), strict=False)
+    model.generation_config.max_new_tokens = 12
+    save_parts(Parts(model, parts.tokenizer), folder)
+    return folder
+
+
 def test_the_text_of_an_equal_source_does_not_depend_on_the_batches(checkpoints):
     decoder = load_decoder(checkpoints, "tess")
     together = decoder.generate(["a cat"] * 5, batch_size=5)
@@ -153,10 +183,19 @@ def test_the_right_decoder_is_found(checkpoints, tmp_path):
         (checkpoints / "tess", "ar", "has no decoder 'ar'; it has tess"),
         (tmp_path, None, "is not a checkpoint"),
         (tmp_path / "none", None, "there is no folder"),
-        (checkpoints, "mtp", "unknown decoder 'mtp'; known are tess, ar"),
+        (checkpoints, "mtp", r"unknown decoder 'mtp'; known are tess, ar, ar\+mtp"),
+        (checkpoints / "tess", "ar+mtp", r"has no decoder 'ar\+mtp'; it has tess"),
+        (checkpoints / "ar", "ar+mtp", r"ar\+mtp needs a checkpoint with a multi-token predictor"),
     ):
         with pytest.raises(UserError, match=message):
             load_decoder(folder, wanted)
+    with pytest.raises(UserError, match=r"num_draft_tokens belongs to the ar\+mtp decoder"):
+        load_decoder(checkpoints, "ar", num_draft_tokens=2)
+
+
+def test_a_number_of_drafts_out_of_range_is_refused(drafting):
+    with pytest.raises(UserError, match="num_draft_tokens must be at least 1, got 0"):
+        load_decoder(drafting, "ar+mtp", num_draft_tokens=0)
 
 
 @pytest.mark.parametrize("name", ["tess", "ar"])

@@ -15,8 +15,8 @@ from tess.loading import Example
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORT_KEYS = """checkpoint decoder num_parameters data rows seed batch_size num_inference_steps
-nfe_mean nfe_max new_tokens generation_seconds new_tokens_per_second metrics versions
-machine""".split()
+nfe_mean nfe_max new_tokens generation_seconds new_tokens_per_second milliseconds_per_token
+tokens_per_forward num_draft_tokens acceptance_length metrics versions machine""".split()
 DATA = {"file": "rows.jsonl", "task": None, "dataset": None, "split": None}
 EXAMPLES = [Example("a b c d e", ("a b", "b c")), Example("one two ü", ("one",))]
 
@@ -26,6 +26,7 @@ class Text:
     text: str
     num_new_tokens: int
     nfe: int
+    num_accepted: int = 0
 
 
 class FirstWords:
@@ -34,6 +35,7 @@ class FirstWords:
     name = "tess"
     num_parameters = 1234
     default_num_inference_steps = 16
+    num_draft_tokens = None
 
     def __init__(self):
         self.calls = []
@@ -54,7 +56,7 @@ def script(monkeypatch):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     module.decoder = FirstWords()
-    monkeypatch.setattr(module, "load_decoder", lambda checkpoint, name: module.decoder)
+    monkeypatch.setattr(module, "load_decoder", lambda *_, **options: module.decoder)
     return module
 
 
@@ -68,6 +70,9 @@ def test_report_has_the_documented_keys_and_both_columns():
     assert report["metrics"]["system"]["rouge1"] == pytest.approx(100.0)  # "a b" and "one"
     assert (report["nfe_mean"], report["nfe_max"], report["new_tokens"]) == (15.0, 20, 3)
     assert report["new_tokens_per_second"] == pytest.approx(3 / report["generation_seconds"])
+    assert report["milliseconds_per_token"] == pytest.approx(1e3 * report["generation_seconds"] / 3)
+    assert report["tokens_per_forward"] == pytest.approx(3 / 30)
+    assert report["num_draft_tokens"] is report["acceptance_length"] is None
     sources, options = decoder.calls[0]
     assert sources == [example.source for example in EXAMPLES]
     assert options["seed"] == 3 and options["num_inference_steps"] == 7
@@ -82,6 +87,24 @@ def test_report_has_the_number_of_steps_that_were_run():
     decoder.default_num_inference_steps = None
     report = evaluate(decoder, EXAMPLES, checkpoint="c", data=DATA).report
     assert report["num_inference_steps"] is None
+
+
+class Drafts(FirstWords):
+    """Writes 1 + 2 and 1 + 5 tokens; the first read of each source is no check of a draft."""
+
+    name = "ar+mtp"
+    default_num_inference_steps = None
+    num_draft_tokens = 4
+
+    def generate(self, sources, **options):
+        return [Text("a b c", 3, 2, num_accepted=1), Text("one two", 6, 3, num_accepted=3)]
+
+
+def test_acceptance_length_is_tokens_per_check_of_a_draft():
+    got = evaluate(Drafts(), EXAMPLES, checkpoint="c", data=DATA)
+    assert got.report["acceptance_length"] == pytest.approx((2 + 5) / (1 + 2))
+    assert got.report["tokens_per_forward"] == pytest.approx(9 / 5)
+    assert "| tokens kept per evaluation of a draft | 2.33 |" in markdown(got.report)
 
 
 def test_every_key_of_the_report_is_in_the_documentation():

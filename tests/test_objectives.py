@@ -178,6 +178,70 @@ def test_ar_loss_without_source_predicts_every_token():
     assert ar_loss(model, batch).item() == pytest.approx(ar_loss(model, with_bos).item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("depth", [1, 3])
+@pytest.mark.parametrize("after_norm", [True, False])
+def test_mtp_loss_is_the_mean_over_depths_and_tokens_one_row_at_a_time(depth, after_norm):
+    torch.manual_seed(0)
+    options = {"num_nextn_predict_layers": 1, "mtp_after_norm_f": after_norm}
+    model = HybridForCausalLM(HybridConfig(**SIZES, **options)).eval()
+    batch = pairs()
+    # a row whose tokens begin too late for the deeper predictions
+    batch["source_ids"][0], batch["source_mask"][0] = 0, 0
+    head, mtp, embed = model.lm_head, model.mtp, model.backbone.embeddings
+    totals, counts = [0.0] * depth, [0] * depth
+    for b in range(2):
+        source = batch["source_ids"][b][batch["source_mask"][b] == 1]
+        target = batch["target_ids"][b][batch["target_mask"][b] == 1]
+        ids = torch.cat([source, target])[None]
+        out = model.backbone(ids)
+        state = out.last_hidden_state if after_norm else out.pre_norm_state
+        for d in range(1, depth + 1):
+            n = ids.shape[1] - d
+            state = mtp(embed(ids[:, d:]), state[:, :n])
+            for t in range(n - 1):  # position t predicts token t + d + 1
+                if t + d + 1 >= len(source):
+                    logits = head(state[:, t])
+                    totals[d - 1] += F.cross_entropy(logits, ids[:, t + d + 1]).item()
+                    counts[d - 1] += 1
+    want = sum(total / count for total, count in zip(totals, counts)) / depth
+    plain = ar_loss(model, batch).item()
+    with_mtp = ar_loss(model, batch, mtp_depth=depth, mtp_loss_scale=0.5).item()
+    assert with_mtp == pytest.approx(plain + 0.5 * want, rel=1e-5)
+    alone = ar_loss(model, batch, mtp_depth=depth, next_token=False).item()
+    assert alone == pytest.approx(want, rel=1e-5)
+
+
+def test_a_text_too_short_for_a_depth_has_no_such_loss():
+    model = HybridForCausalLM(HybridConfig(**SIZES, num_nextn_predict_layers=1)).eval()
+    ids = torch.tensor([[21, EOS]])
+    ones = torch.ones_like(ids)
+    batch = {
+        "target_ids": ids, "target_mask": ones, "noise_mask": ones, "loss_weights": ones.float(),
+    }  # fmt: skip
+    assert ar_loss(model, batch, mtp_depth=3).item() == pytest.approx(
+        ar_loss(model, batch, mtp_depth=1).item()
+    )
+    with pytest.raises(ValueError, match="mtp_depth 2 needs 4 tokens or more, got 3"):
+        model(torch.tensor([[1, 5, 6]]), mtp_depth=2)
+
+
+@pytest.mark.parametrize("depth", [0, 2])
+def test_logits_of_wanted_tokens_are_those_of_all_positions(depth):
+    model = HybridForCausalLM(HybridConfig(**SIZES, num_nextn_predict_layers=1)).eval()
+    ids, mask = torch.randint(3, V, (2, 7)), torch.ones(2, 7, dtype=torch.long)
+    mask[1, :3] = 0
+    wanted = torch.rand(2, 7) < 0.6
+    wanted[1, 2:4] = True  # the first is padding; the second follows padding
+    whole = model(ids, attention_mask=mask, mtp_depth=depth)
+    part = model(ids, attention_mask=mask, wanted=wanted, mtp_depth=depth)
+    for distance, (all_of, some) in enumerate(
+        zip([whole.logits[:, :-1], *(whole.mtp_logits or ())],
+            [part.logits, *(part.mtp_logits or ())], strict=True), start=1,
+    ):  # fmt: skip
+        chosen = wanted[:, distance:] & mask[:, :-distance].bool()
+        torch.testing.assert_close(some, all_of[chosen])
+
+
 def test_ar_loss_refuses_infilling_in_place():
     batch = pairs()
     batch["noise_mask"] = torch.zeros_like(batch["target_mask"])

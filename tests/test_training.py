@@ -7,9 +7,11 @@ import shutil
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from tess import saving
 from tess.arguments import parse_settings
+from tess.backbones.pretrained import stays_float32
 from tess.decoders import load_decoder
 from tess.errors import UserError
 from tess.saving import load_parts
@@ -193,6 +195,48 @@ def test_saved_type_and_router_bias(tmp_path):
     assert model.backbone.embeddings.weight.dtype == torch.bfloat16
     bias = model.backbone.layers[2].mixer.gate.e_score_correction_bias
     assert bias.dtype == torch.float32 and bias.abs().max() > 0
+    stored = load_file(final / "denoiser" / "model.safetensors")
+    kinds = {tensor.dtype for name, tensor in stored.items() if not stays_float32(name)}
+    assert kinds == {torch.bfloat16}
+    assert stored["backbone.layers.0.mixer.A_log"].dtype == torch.float32
+
+
+def test_a_predictor_is_trained_behind_a_frozen_model_and_changes_no_text(tmp_path):
+    ar, _ = run(tmp_path, "ar", objective="ar", max_steps=4, learning_rate=1e-2)
+    options = {"objective": "ar", "mtp_depth": 2, "freeze_backbone": True, "init_from": str(ar)}
+    final, losses = run(
+        tmp_path, "mtp", max_steps=30, learning_rate=1e-2, max_train_samples=8,
+        save_strategy="steps", save_steps=30, **options | NO_SIZES,
+    )
+    assert losses[30] < losses[1] - 0.5
+    before, after = load_parts(ar).model, load_parts(final).model
+    assert before.mtp is None and after.config.num_nextn_predict_layers == 1
+    for name, tensor in before.state_dict().items():
+        assert torch.equal(tensor, after.state_dict()[name]), name
+    balanced = after.mtp.layers[1].mixer.gate.e_score_correction_bias
+    assert balanced.any()
+    texts = ["A cat sat .", "The dog ran after the cat ."]
+    plain, drafted = (load_decoder(final, name) for name in ("ar", "ar+mtp"))
+    want = [generation.token_ids for generation in plain.generate(texts)]
+    assert [generation.token_ids for generation in drafted.generate(texts)] == want
+    assert want == [generation.token_ids for generation in load_decoder(ar).generate(texts)]
+
+
+def test_a_predictor_is_trained_with_the_model_and_stays_when_training_goes_on(tmp_path):
+    first, losses = run(
+        tmp_path, "first", objective="ar", mtp_depth=1, max_steps=30, learning_rate=1e-2,
+        max_train_samples=8, mtp_hybrid_override_pattern="*-", save_strategy="steps", save_steps=30,
+    )  # fmt: skip
+    assert losses[30] < losses[1] - 1
+    assert load_parts(first).model.config.mtp_hybrid_override_pattern == "*-"
+    second, _ = run(
+        tmp_path, "second", objective="ar", max_steps=1, learning_rate=0.0, init_from=str(first),
+        **NO_SIZES,
+    )  # fmt: skip
+    one, other = load_parts(first).model.state_dict(), load_parts(second).model.state_dict()
+    assert all(torch.equal(one[n], other[n]) for n in one if n.startswith("mtp."))
+    tess, _ = run(tmp_path, "tess", max_steps=1, init_from=str(first), **NO_SIZES)
+    assert load_parts(tess).model.config.backbone_config.num_nextn_predict_layers == 0
 
 
 def test_bf16_autocast_trains(tmp_path):
@@ -334,6 +378,14 @@ def test_defaults_are_for_a_small_new_model(tmp_path):
         ({"mamba_direction": "sideways"}, "mamba_direction must be one of"),
         ({"beta_schedule": "linearr"}, "unknown beta_schedule 'linearr'"),
         ({"self_conditioning": "logits_median"}, "self_conditioning must be one of"),
+        ({"mtp_depth": 1}, "--mtp_depth belongs to --objective ar"),
+        ({"preset": "small-3"}, "there is no preset 'small-3'; did you mean small-3"),
+        ({"objective": "ar", "mtp_depth": -1}, "mtp_depth must be 0 or more, got -1"),
+        ({"objective": "ar", "freeze_backbone": True}, "leaves nothing to train without"),
+        (
+            {"objective": "ar", "mtp_depth": 1, "mtp_loss_scale": 0.0},
+            "mtp_loss_scale must be above 0, got 0.0",
+        ),
         (
             {"train_tokenizer": False, "init_from": "nowhere"},
             "--chunk_size is fixed by the checkpoint",
@@ -344,6 +396,18 @@ def test_bad_settings_are_one_sentence(tmp_path, changes, message):
     with pytest.raises(ValueError) as caught:
         run(tmp_path, max_steps=1, **changes)
     assert message in str(caught.value)
+
+
+def test_a_preset_gives_the_sizes_that_are_not_given(tmp_path):
+    final, _ = run(
+        tmp_path, objective="ar", preset="small-3m", max_steps=1,
+        **NO_SIZES | {"vocab_size": 300, "train_tokenizer": True, "hidden_size": 96},
+    )  # fmt: skip
+    config = load_parts(final).model.config
+    assert config.hybrid_override_pattern == "M*-M*EM*-" and config.mamba_num_heads == 8
+    assert (config.hidden_size, config.vocab_size) == (96, 300)
+    with pytest.raises(UserError, match="--preset is for a new model"):
+        run(tmp_path, "b", preset="small-3m", init_from=str(final), **NO_SIZES)
 
 
 def test_a_missing_column_names_what_is_there(tmp_path):
@@ -443,5 +507,5 @@ def test_missing_and_unknown_tensors_are_refused_by_name(tmp_path, objective):
     with pytest.raises(UserError, match="in_proj.weight|stranger"):
         load_parts(final)
     weights.write_bytes(weights.read_bytes()[:100])
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="is truncated or no safetensors file"):
         load_parts(final)

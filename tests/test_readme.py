@@ -107,7 +107,10 @@ def flags_of(script: str) -> set[str]:
     return set(re.findall(r"--\w+", run.stdout))
 
 
-@pytest.mark.parametrize("script", ["generate", "evaluate", "train"])
+SCRIPTS = ("generate", "evaluate", "train", "convert_checkpoint", "model_info")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_every_flag_that_the_readme_shows_is_in_the_help(script):
     shown = set()
     for block in code_blocks(""):
@@ -118,7 +121,7 @@ def test_every_flag_that_the_readme_shows_is_in_the_help(script):
 
 
 def test_every_flag_in_the_readme_belongs_to_a_script():
-    known = set().union(*(flags_of(script) for script in ("generate", "evaluate", "train")))
+    known = set().union(*(flags_of(script) for script in SCRIPTS))
     assert set(re.findall(r"--\w+", README)) <= known
 
 

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+GROUPED_MM_ALIGNMENT = 16  # bytes of a row of any operand
+
 
 def route_tokens(
     logits_TE: Tensor,
@@ -62,8 +64,10 @@ def experts(
 
 def _grouped_linear(x_TI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
     """x W^T with the expert's own W for each run of rows; run e ends before row ends_E[e]."""
-    if x_TI.dtype != torch.float64:
+    row_bytes = [size * x_TI.element_size() for size in weight_EOI.shape[1:]]
+    aligned = all(size % GROUPED_MM_ALIGNMENT == 0 for size in row_bytes)
+    if x_TI.dtype != torch.float64 and aligned:
         return F.grouped_mm(x_TI, weight_EOI.transpose(-1, -2), offs=ends_E)
-    # grouped_mm has no float64; this is the precision of references, where speed does not count
+    # grouped_mm has no float64, the precision of references, and takes no odd widths
     runs = torch.tensor_split(x_TI, ends_E[:-1].long().cpu())
     return torch.cat([run @ weight_OI.T for run, weight_OI in zip(runs, weight_EOI)])

@@ -30,6 +30,8 @@ JSON_KEYS = """\
       text             the text
       num_new_tokens   tokens of the text, </s> included
       nfe              network evaluations over the target
+      num_drafted, num_accepted
+                       tokens drafted, and those of them in the text (ar+mtp; else 0)
 """
 
 
@@ -149,6 +151,8 @@ def as_rows(texts: list[str], results: list[Generation]) -> list[dict[str, Any]]
             "text": result.text,
             "num_new_tokens": result.num_new_tokens,
             "nfe": result.nfe,
+            "num_drafted": result.num_drafted,
+            "num_accepted": result.num_accepted,
         }
         for text, result in zip(texts, results, strict=True)
     ]
@@ -162,8 +166,11 @@ def print_texts(results: list[Generation], head: dict[str, Any], seconds: dict[s
     most = max(evaluations)
     mean = sum(evaluations) / len(evaluations)
     nfe = f"{most}" if len(results) == 1 else f"{mean:.1f} mean, {most} most"
+    drafted = sum(result.num_drafted for result in results)
+    kept = sum(result.num_accepted for result in results)
+    drafts = f" · {kept} of {drafted} drafted tokens kept" if drafted else ""
     print(
-        f"[{head['decoder']}] network evaluations: {nfe} · {tokens} new tokens in "
+        f"[{head['decoder']}] network evaluations: {nfe}{drafts} · {tokens} new tokens in "
         f"{seconds['generate_seconds']:.2f} s · loading {seconds['load_seconds']:.2f} s · "
         f"{head['num_parameters'] / 1e6:.1f} M parameters"
     )

@@ -311,7 +311,9 @@ def test_generate_prints_text_evaluations_and_times(checkpoints, tmp_path):
     ]  # fmt: skip
     assert [row["source"] for row in report["results"]] == ["naïve 東京", "a cat", "the dog ran"]
     for row in report["results"]:
-        assert list(row) == ["source", "text", "num_new_tokens", "nfe"]
+        assert list(row) == [
+            "source", "text", "num_new_tokens", "nfe", "num_drafted", "num_accepted",
+        ]  # fmt: skip
         assert row["nfe"] == 3
 
     plain = script("generate", "a cat", *shared)

@@ -185,6 +185,19 @@ def test_experts_match_the_loop_with_gradients(tokens):
         assert relative(one, other) < 1e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("width", "inner"), [(12, 16), (16, 12), (9, 7), (8, 18)])
+def test_experts_of_any_width_match_the_loop(dtype, width, inner):
+    x, up, down = torch.randn(5, width), torch.randn(3, inner, width), torch.randn(3, width, inner)
+    ids, weights = torch.randint(0, 3, (5, 2)), torch.rand(5, 2)
+    x, up, down = (tensor.to(dtype).requires_grad_() for tensor in (x, up, down))
+    got = experts.experts(x, ids, weights, up, down)
+    want = reference.experts(x.double(), ids, weights, up.double(), down.double())
+    assert (got.double() - want).norm() / want.norm() < (1e-5 if dtype == torch.float32 else 2e-2)
+    got.square().sum().backward()
+    assert all(tensor.grad.isfinite().all() for tensor in (x, up, down))
+
+
 def test_experts_in_float64_match_the_loop_to_its_precision():
     torch.manual_seed(0)
     x, up, down = (torch.randn(*s).double() for s in ((9, 16), (8, 24, 16), (8, 16, 24)))

@@ -94,3 +94,51 @@ def _box_muller(words: tuple[Tensor, ...], out_N4: Tensor) -> None:
         angle_N = words[first + 1].float() * (2.0 * math.pi * 2.0**-32)
         torch.mul(radius_N, angle_N.cos(), out=out_N4[:, first])
         torch.mul(radius_N, angle_N.sin(), out=out_N4[:, first + 1])
+
+
+# Streams of kernels/order_statistics.py and kernels/simplex_embedding.py, apart from those above.
+SPACING_STREAM = 2
+DISTINCT_STREAM = 3
+BULK_STREAM = 4
+
+
+def words_at(
+    keys_R: Tensor, positions_R: Tensor, draw: int, start: int, blocks: int, stream: int
+) -> Tensor:
+    """Random words [R, 4 * blocks], int64 in [0, 2^32): blocks start, start + 1, ... of each row.
+
+    A row is an example's key and a position, so rows of many examples go into one call.
+    """
+    block_1N = torch.arange(start, start + blocks, device=keys_R.device)[None]
+    words = _words(keys_R[:, None], block_1N, positions_R[:, None], draw, stream)
+    return torch.stack(words, dim=-1).flatten(1)
+
+
+def normal_at(
+    keys_R: Tensor,
+    positions_R: Tensor,
+    draw: int,
+    start: int,
+    width: int,
+    stream: int = NORMAL_STREAM,
+) -> Tensor:
+    """Standard normals [R, width], float32: in each row, tokens start, start + 1, ... of `normal`.
+
+    keys_R, positions_R: int64, one per row. start: a multiple of 64. width: at most 65 536. The
+    values are those of `normal(keys, draw, ...)[example, position, start : start + width]`.
+    """
+    group = 4 * BLOCKS_PER_GROUP
+    if start % group or not 0 < width <= 4 * CPU_TILE:
+        raise ValueError(
+            f"start must be a multiple of {group} and width in 1..{4 * CPU_TILE}, "
+            f"got {start} and {width}"
+        )
+    blocks = -(-width // group) * BLOCKS_PER_GROUP
+    block_1N = torch.arange(start // 4, start // 4 + blocks, device=keys_R.device)[None]
+    values_RN4 = torch.empty(len(keys_R), blocks, 4, dtype=torch.float32, device=keys_R.device)
+    step = max(1, (CPU_TILE if keys_R.device.type == "cpu" else DEVICE_TILE) // blocks)
+    for first in range(0, len(keys_R), step):
+        rows = slice(first, first + step)
+        words = _words(keys_R[rows, None], block_1N, positions_R[rows, None], draw, stream)
+        _box_muller(tuple(word.flatten() for word in words), values_RN4[rows].view(-1, 4))
+    return values_RN4.flatten(1)[:, :width]

@@ -186,3 +186,22 @@ def ssd_advance(
         _, state = ssd_scan(x, dt, a_H, b, b, initial_state_BHPN=state_BHPN[i : i + 1])
         rows.append(state)
     return torch.cat(rows)
+
+
+def simplex_embedding(
+    token_ids_BL: Tensor,
+    signal_BL: Tensor,
+    noise_BL: Tensor,
+    weight_VH: Tensor,
+    normals_BLV: Tensor,
+) -> Tensor:
+    """softmax(signal S(ids) + noise eps) E, with S(w) = +1 at w and -1 elsewhere, written out."""
+    rows = []
+    for b in range(token_ids_BL.shape[0]):
+        for t in range(token_ids_BL.shape[1]):
+            x_V = noise_BL.expand_as(token_ids_BL)[b, t] * normals_BLV[b, t]
+            sign_V = -torch.ones_like(x_V)
+            sign_V[token_ids_BL[b, t]] = 1.0
+            x_V = x_V + signal_BL.expand_as(token_ids_BL)[b, t] * sign_V
+            rows.append(x_V.softmax(-1) @ weight_VH)
+    return torch.stack(rows).view(*token_ids_BL.shape, -1)

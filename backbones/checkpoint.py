@@ -22,7 +22,9 @@ from tess.backbones.pretrained import name_some, stays_float32
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
-_DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # what is read, and its bytes
+GENERATION_FILE = "generation_config.json"
+_STORED = ("F64", "F32", "F16", "BF16")  # what is read
+_IN_MEMORY = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _EXPERT = re.compile(r"(.*\bmixer\.experts)\.(\d+)\.(up_proj|down_proj)\.weight")
 _BLOCK_BYTES = 4 << 20  # copied at a time
 _MAPPED_BYTES = 32 << 20  # a file is mapped anew after so much of it, or all of it stays resident
@@ -69,7 +71,9 @@ def load_checkpoint(
     folder = Path(folder)
     dtype = dtype or config.dtype or torch.float32
     if isinstance(dtype, str):  # as it stands in a config that was just saved
-        dtype = getattr(torch, dtype)
+        dtype = getattr(torch, dtype, dtype)
+    if dtype not in _IN_MEMORY:
+        raise ValueError(f"dtype must be one of {', '.join(map(str, _IN_MEMORY))}, got {dtype}")
     with init_empty_weights(include_buffers=False):
         model = model_class(config)
     pieces = _plan(model, folder, starts_new, leaves_out)
@@ -82,9 +86,19 @@ def load_checkpoint(
     reader.close()
     _initialise_new(model)
     model.tie_weights()
-    if model.can_generate() and (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+    if model.can_generate() and (folder / GENERATION_FILE).is_file():
+        model.generation_config = _generation_config(folder)
     return model.eval()
+
+
+def _generation_config(folder: Path) -> GenerationConfig:
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except Exception as error:  # transformers lets through whatever its reader stumbles over
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{folder / GENERATION_FILE} holds no generation settings: {reason}"
+        ) from error
 
 
 def tensor_names(folder: str | Path) -> list[str]:
@@ -126,24 +140,23 @@ def _plan(
             continue
         match = _EXPERT.fullmatch(name)
         target, expert = (f"{match[1]}.{match[3]}", int(match[2])) if match else (name, None)
-        if target not in expected:
+        if target not in expected or target in tied:  # a tied head comes with the embedding
             unknown.append(key)
             continue
         want = expected[target] if expert is None else expected[target][1:]
         if expert is not None and expert >= expected[target][0]:
             unknown.append(key)
             continue
-        if dtype not in _DTYPES:
+        if dtype not in _STORED:
             raise ValueError(
-                f"{file}: {key} is stored as {dtype}; expected {', '.join(_DTYPES)} (quantized "
+                f"{file}: {key} is stored as {dtype}; expected {', '.join(_STORED)} (quantized "
                 "checkpoints are not read)"
             )
         if shape != want:
             raise ValueError(
                 f"{file}: {key} is {list(shape)}, but by the config it is {list(want)}"
             )
-        if target not in tied:  # a tied head comes with the embedding
-            pieces.append(_Piece(file, key, shape, target, expert))
+        pieces.append(_Piece(file, key, shape, target, expert))
     missing = [name for name in _lacking(pieces, expected, tied) if not starts_new(name)]
     problems = [
         f"{word} {name_some(names)}"
@@ -195,10 +208,14 @@ def _files(folder: Path) -> dict[Path, set[str] | None]:
         if not single.is_file():
             raise ValueError(f"{folder} has no weights; expected {SINGLE_FILE} or {INDEX_FILE}")
         return {single: None}
+    if single.is_file():
+        raise ValueError(f"{folder} has both {SINGLE_FILE} and {INDEX_FILE}; expected one of them")
     try:
         weight_map = json.loads(index.read_text())["weight_map"]
         files: dict[Path, set[str] | None] = {}
         for key, name in weight_map.items():
+            if Path(name).name != name:
+                raise ValueError(f"{name!r} is no file of the folder itself")
             files.setdefault(folder / name, set()).add(key)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index} is no index with a weight_map: {error}") from error
@@ -271,7 +288,7 @@ class _Reader:
             if piece.file != self.file or self.mapped > _MAPPED_BYTES:
                 self.close()
                 self.file, self.opened = piece.file, _open(piece.file)
-            self.mapped += (stop - start) * row_bytes
+            self.mapped += (stop - start) * row_bytes  # about: a file's type may be another
             part = self.opened.get_slice(piece.key)[start:stop]  # a copy, unlike a whole tensor
             target[start:stop].copy_(part)
 

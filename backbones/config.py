@@ -9,6 +9,13 @@ MIXERS = {"M": "mamba", "*": "attention", "-": "mlp", "E": "moe"}
 MAMBA_DIRECTIONS = ("forward", "bidirectional", "gated")
 
 FLOAT32_MAX = 3.4e38
+_SIZES = (
+    "vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "intermediate_size", "ssm_state_size", "mamba_num_heads", "mamba_head_dim", "n_groups",
+    "conv_kernel", "chunk_size", "n_routed_experts", "num_experts_per_tok", "n_group",
+    "topk_group", "moe_intermediate_size", "moe_shared_expert_intermediate_size",
+    "moe_latent_size",
+)  # fmt: skip
 _LETTERS = {
     "mamba": "M", "linear_attention": "M", "attention": "*", "full_attention": "*",
     "mlp": "-", "moe": "E",
@@ -117,18 +124,34 @@ class HybridConfig(PreTrainedConfig):
         for old, new in _OLD_NAMES.items():
             if old in kwargs:
                 setattr(self, new, kwargs.pop(old))
-        blocks = kwargs.pop("layers_block_type", None) or kwargs.pop("layer_types", None)
-        if blocks is not None:
-            self.hybrid_override_pattern = pattern_from_blocks(blocks)
+        lists = (kwargs.pop("layers_block_type", None), kwargs.pop("layer_types", None))
+        for blocks in lists:
+            if blocks is not None:
+                self._take_blocks(blocks)
         if (blocks := kwargs.pop("mtp_layers_block_type", None)) is not None:
             self.mtp_hybrid_override_pattern = pattern_from_blocks(blocks)
-        kwargs.pop("num_hidden_layers", None)  # follows from the pattern
+        depth = kwargs.pop("num_hidden_layers", None)
         # released files write no upper limit as Infinity or as 1e308, which float32 cannot hold
         self.time_step_limit = tuple(
             math.inf if limit > FLOAT32_MAX else float(limit) for limit in self.time_step_limit
         )
         super().__post_init__(**kwargs)
         self._check()
+        if depth not in (None, self.num_hidden_layers):
+            raise ValueError(
+                f"num_hidden_layers is {depth}, but {self.hybrid_override_pattern!r} has "
+                f"{self.num_hidden_layers} layers"
+            )
+
+    def _take_blocks(self, blocks: list[str]) -> None:
+        pattern = pattern_from_blocks(blocks)
+        default = type(self).__dataclass_fields__["hybrid_override_pattern"].default
+        if self.hybrid_override_pattern not in (default, pattern):
+            raise ValueError(
+                f"layers_block_type says {pattern!r} and hybrid_override_pattern "
+                f"{self.hybrid_override_pattern!r}; expected one of them, or the same twice"
+            )
+        self.hybrid_override_pattern = pattern
 
     @property
     def layers_block_type(self) -> list[str]:
@@ -170,6 +193,13 @@ class HybridConfig(PreTrainedConfig):
         for act, expected in ((self.mlp_hidden_act, "relu2"), (self.mamba_hidden_act, "silu")):
             if act != expected:
                 raise ValueError(f"activation must be {expected!r}, as released, got {act!r}")
+        for name in _SIZES:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        if len(self.time_step_limit) != 2:
+            raise ValueError(
+                f"time_step_limit must be a lower and an upper limit, got {self.time_step_limit}"
+            )
         for name, whole, part in (
             ("num_key_value_heads", self.num_attention_heads, self.num_key_value_heads),
             ("n_groups", self.mamba_num_heads, self.n_groups),

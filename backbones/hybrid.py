@@ -238,6 +238,10 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         Trainer pass along to every model (position ids, output flags); this family has no use for
         them.
         """
+        if wanted is not None and labels is not None:
+            raise ValueError("wanted and labels exclude each other; got both")
+        if mtp_depth and input_ids is None:
+            raise ValueError("mtp_depth reads the tokens ahead from input_ids, got embeddings")
         if use_cache and past_key_values is None:
             past_key_values = HybridCache()
         out = self.backbone(input_ids, inputs_embeds, attention_mask, past_key_values)
@@ -311,24 +315,34 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
             model_kwargs["past_key_values"] = HybridCache()
 
     def _prepare_generation_config(self, generation_config, **kwargs):
-        chosen = (generation_config or self.generation_config).num_assistant_tokens
-        if chosen is None:  # else transformers' 20, which is meant for n-gram lookup
-            kwargs.setdefault("num_assistant_tokens", DRAFT_TOKENS)
-        return super()._prepare_generation_config(generation_config, **kwargs)
+        places = (kwargs.get("num_assistant_tokens"), generation_config, self.generation_config)
+        given = [getattr(place, "num_assistant_tokens", place) for place in places]
+        prepared, rest = super()._prepare_generation_config(generation_config, **kwargs)
+        if given == [None] * 3:  # transformers' own default, 20, is meant for n-gram lookup
+            prepared.num_assistant_tokens = DRAFT_TOKENS
+        return prepared, rest
 
-    def _validate_generation_mode(self, generation_mode, generation_config, *args) -> None:
-        if not generation_config.use_mtp:
-            return super()._validate_generation_mode(generation_mode, generation_config, *args)
+    def _validate_generation_mode(self, generation_mode, generation_config, mode_kwargs) -> None:
+        config = generation_config
+        if not config.use_mtp:
+            return super()._validate_generation_mode(generation_mode, config, mode_kwargs)
         self._need_mtp()
         if generation_mode != GenerationMode.ASSISTED_GENERATION:
             raise ValueError(f"use_mtp goes with greedy search and sampling, not {generation_mode}")
-        if generation_config.num_assistant_tokens < 1:
-            given = generation_config.num_assistant_tokens
-            raise ValueError(f"num_assistant_tokens must be at least 1 with use_mtp, got {given}")
+        drafts = config.num_assistant_tokens
+        if not isinstance(drafts, int) or drafts < 1:
+            raise ValueError(f"num_assistant_tokens must be 1 or more with use_mtp, got {drafts!r}")
+        for name, value in (
+            ("assistant_model", mode_kwargs.get("assistant_model")),
+            ("prompt_lookup_num_tokens", config.prompt_lookup_num_tokens),
+            ("guidance_scale", None if config.guidance_scale == 1 else config.guidance_scale),
+        ):
+            if value is not None:
+                raise ValueError(f"{name} does not go with use_mtp, which drafts by itself")
         for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
-            if getattr(generation_config, name):
+            if config.return_dict_in_generate and getattr(config, name):
                 raise ValueError(f"{name} is not available with use_mtp, which keeps none of them")
-        if generation_config.use_cache is False:
+        if config.use_cache is False:
             raise ValueError("use_mtp needs the cache; got use_cache=False")
 
     def _assisted_decoding(
@@ -345,6 +359,7 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
     ) -> MtpGenerateOutput | Tensor:
         if inputs_embeds is not None or (past_key_values and past_key_values.get_seq_length()):
             raise ValueError("use_mtp reads the prompt as input_ids, got embeddings or a cache")
+        pad = generation_config._pad_token_tensor  # transformers falls back to the end token here
         out = decode_with_mtp(
             self,
             input_ids,
@@ -353,7 +368,7 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
             logits_processor=logits_processor,
             stopping_criteria=stopping_criteria,
             do_sample=bool(generation_config.do_sample),
-            pad_token_id=generation_config.pad_token_id or 0,
+            pad_token_id=0 if pad is None else int(pad),
             streamer=streamer,
         )
         return out if generation_config.return_dict_in_generate else out.sequences

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from tess.backbones.cache import MambaInputs, MambaState
 from tess.backbones.config import HybridConfig
 from tess.backbones.context import BlockContext
-from tess.kernels.conv import causal_conv1d, next_window
+from tess.kernels.conv import behind_padding, causal_conv1d, next_window
 from tess.kernels.norms import gated_group_rms_norm, wide_dtype
 from tess.kernels.ssd import ssd_scan, ssd_step
 
@@ -80,6 +80,8 @@ class Mamba2Mixer(nn.Module):
         self, conv_in_BLD: Tensor, dt_BLH: Tensor, state: MambaState | None, context: BlockContext
     ) -> tuple[Tensor, MambaState | None]:
         window = None if state is None else state.conv_window
+        if window is not None and context.position_mask is not None:
+            conv_in_BLD, window = behind_padding(conv_in_BLD, window, context.position_mask)
         taps = self.conv1d.weight.shape[-1]
         mixed_BLD = causal_conv1d(conv_in_BLD, self.conv1d.weight[:, 0], self.conv1d.bias, window)
         x, b, c = mixed_BLD.split([self.inner, *[self.groups * self.states] * 2], dim=-1)

@@ -48,6 +48,8 @@ def read_released_config(folder: str | Path) -> HybridConfig:
         fields, _ = HybridConfig.get_config_dict(folder)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no JSON object: {' '.join(str(error).split())}") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} is no JSON object, but a {type(fields).__name__}")
     if fields.get("model_type") != MODEL_TYPE:
         found = fields.get("model_type")
         raise ValueError(f"{path} has model_type {found!r}; expected {MODEL_TYPE!r}")
@@ -80,11 +82,12 @@ def load_released(
         name = method.get("quant_method", "unknown") if isinstance(method, dict) else method
         path = Path(folder) / "config.json"
         raise ValueError(f"{path} describes quantized weights ({name}); expected BF16 or F32")
+    names = tensor_names(folder)
+    # readers of this layout do not tie, whatever the field says; without a stored head we must
+    config.tie_word_embeddings = config.tie_word_embeddings and "lm_head.weight" not in names
     if not mtp:
         config.num_nextn_predict_layers = 0
-    elif config.num_nextn_predict_layers and not any(
-        name.startswith("mtp.") for name in tensor_names(folder)
-    ):
+    elif config.num_nextn_predict_layers and not any(name.startswith("mtp.") for name in names):
         raise ValueError(
             f"{folder} has no mtp.* tensors, though num_nextn_predict_layers in its config.json is "
             "1 (transformers drops them when it saves); read it with mtp=False"
@@ -104,6 +107,8 @@ def save_released(
 ) -> None:
     """Write config, weights and generation settings in the released layout, shard by shard.
 
+    Weights that are in `folder` already are replaced.
+
     Tensors keep their type; what is float32 for precision alone is written in the type of the other
     weights where that loses nothing, so that reading and writing changes no bit of a file. A
     head tied to the embedding is written out, since readers of this layout do not tie. The gates of
@@ -118,6 +123,8 @@ def save_released(
         )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    for old in (*folder.glob("model*.safetensors"), folder / INDEX_FILE):
+        old.unlink(missing_ok=True)  # readers would prefer an index that is left over
     dtype = model.backbone.embeddings.weight.dtype
     _write_config(model.config, dtype, folder)
     model.generation_config.save_pretrained(folder)

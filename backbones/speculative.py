@@ -100,11 +100,12 @@ def decode_with_mtp(
         input_ids: [B, S], left-padded.
         attention_mask: [B, S], 1 at tokens; None: no padding.
         num_draft_tokens: K, at least 1.
-        logits_processor: functions of (input_ids, scores) alone; they see what plain decoding
-            shows them, drafts included.
+        logits_processor: functions of (input_ids, scores) alone, row by row; each row sees what
+            plain decoding shows it, drafts included, beside other rows that may be cut or padded.
         stopping_criteria: asked after every token.
         do_sample: speculative rejection sampling in place of the greedy choice.
-        pad_token_id: fills finished rows.
+        pad_token_id: fills finished rows (transformers goes on writing them where no end token is
+            set and another criterion stopped them).
         streamer: gets every token once it is certain.
 
     With bfloat16 weights two tokens with nearly the same logit may change places, because products
@@ -175,7 +176,7 @@ class _Rounds:
             )]
         )  # fmt: skip
         self.finished_rounds += 1
-        if self.finished_rounds % ROUNDS_BETWEEN_COMPACTIONS == 0:
+        if self.active and self.finished_rounds % ROUNDS_BETWEEN_COMPACTIONS == 0:
             self.cache.compact()
             self.mtp_cache.compact()
 

@@ -36,6 +36,23 @@ def causal_conv1d(
     return F.silu(out)
 
 
+def behind_padding(
+    x_BLD: Tensor, window_BKD: Tensor, real_BL: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Block and window with the window's K-1 inputs just before each row's first real position.
+
+    Where a row begins with padding, what came before the block would else be separated from it.
+    x must be zero at padding. Returns (x, window) in the shapes of the arguments.
+    """
+    before = window_BKD.shape[1]
+    padding_B = (real_BL.long().cumsum(dim=1) == 0).sum(dim=1)
+    place_BK = padding_B[:, None] + torch.arange(before, device=x_BLD.device)
+    joined = torch.cat([torch.zeros_like(window_BKD).to(x_BLD.dtype), x_BLD], dim=1)
+    index = place_BK[..., None].expand(-1, -1, x_BLD.shape[2])
+    joined = joined.scatter(1, index, window_BKD.to(x_BLD.dtype))
+    return joined[:, before:], joined[:, :before]
+
+
 def next_window(x_BLD: Tensor, taps: int, window_BKD: Tensor | None = None) -> Tensor:
     """The last K-1 inputs seen so far [B, K-1, D], to start the next block from."""
     if window_BKD is None:

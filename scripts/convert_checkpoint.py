@@ -28,7 +28,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("source", type=Path, metavar="SOURCE", help="checkpoint folder to read")
-    add("target", type=Path, metavar="TARGET", help="folder to write")
+    add("target", type=Path, metavar="TARGET", help="folder to write; a checkpoint there goes")
     add("--to", choices=("tess", "released"), default="tess", help="(default: %(default)s)")
     add("--dtype", choices=DTYPES, help="of the pipeline's weights (default: as stored)")
     add("--tokenizer", metavar="DIR", help="of the pipeline, if SOURCE has none")
@@ -41,8 +41,6 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
-    if args.target.exists() and args.target.resolve() == args.source.resolve():
-        raise UserError(f"SOURCE and TARGET are the same folder, {args.source}")
     if args.to == "tess":
         if args.expert_layout:
             raise UserError("--expert_layout goes with --to released")

@@ -165,7 +165,7 @@ def _figures(
         "ms_per_token": 1e3 * sum(times[name]) / tokens,
         "speedup": statistics.median(speedups),
         "equal_texts": sum(a == b for a, b in zip(texts["ar"], texts[name])),
-        "acceptance_length": 1 + counted["accepted"] / checks if drafting else None,
+        "acceptance_length": (tokens - rows) / checks if drafting and checks else None,
         "accepted_share": counted["accepted"] / counted["drafted"] if drafting else None,
         "tokens_per_forward": tokens / counted["forwards"] if counted["forwards"] else None,
     }

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 
-from tess.backbones.checkpoint import load_checkpoint
+from tess.backbones.checkpoint import GENERATION_FILE, load_checkpoint, tensor_names
 from tess.backbones.config import HybridConfig
 from tess.backbones.hybrid import HybridForCausalLM
 from tess.backbones.released import MODEL_TYPE, read_released_config, save_released
@@ -46,11 +46,13 @@ def causal_to_tess(
         What the causal checkpoint has and a pipeline has no place for, in words.
 
     Raises:
-        UserError: no causal checkpoint there, or one that cannot be read.
+        UserError: no causal checkpoint there, one that cannot be read, or a target that holds
+            something else.
     """
     source, target = Path(source), Path(target)
     if kind_of(source) != "ar":
         raise UserError(f"{source} is no causal checkpoint; expected its config.json and weights")
+    _check_target(source, target)
     try:
         was = _causal_config(source)
         fields = _own_fields(was)
@@ -75,7 +77,11 @@ def causal_to_tess(
     scheduler = RenoisingScheduler(simplex_value=config.simplex_value)
     with replaced_folder(target) as folder:
         save_parts(Parts(model, given, scheduler), folder)
-    return ["the multi-token predictor (mtp.*)"] if was.num_nextn_predict_layers else []
+    has_mtp = any(name.startswith("mtp.") for name in tensor_names(source))
+    left_out = ["the multi-token predictor (mtp.*)"] if has_mtp else []
+    if (source / GENERATION_FILE).is_file():
+        left_out.append(f"the generation settings ({GENERATION_FILE})")
+    return left_out
 
 
 def tess_to_causal(source: Path, target: Path, *, expert_layout: str = "per_expert") -> list[str]:
@@ -85,13 +91,16 @@ def tess_to_causal(source: Path, target: Path, *, expert_layout: str = "per_expe
         Names of the weights that a causal model has no place for.
 
     Raises:
-        UserError: no checkpoint there, or a layout that is unknown.
+        UserError: no checkpoint there, a layout that is unknown, or a target that holds something
+            else.
     """
+    source, target = Path(source), Path(target)
+    _check_target(source, target)
     parts = load_parts(source, dtype=None)
     model, dropped = parts.model, []
     if isinstance(model, TessDenoiser):
         model, dropped = _causal_inside(model)
-    with replaced_folder(Path(target)) as folder:
+    with replaced_folder(target) as folder:
         try:
             save_released(model, folder, expert_layout=expert_layout)
         except ValueError as error:
@@ -100,9 +109,20 @@ def tess_to_causal(source: Path, target: Path, *, expert_layout: str = "per_expe
     return dropped
 
 
+def _check_target(source: Path, target: Path) -> None:
+    """Whatever is in the target folder goes, so it may hold a checkpoint, and nothing else."""
+    if target.exists() and not target.is_dir():
+        raise UserError(f"{target} is a file; expected a folder to write, or none yet")
+    if source.resolve().is_relative_to(target.resolve()):
+        raise UserError(f"{target} holds the source {source}, which writing it would delete")
+    if target.is_dir() and any(target.iterdir()) and kind_of(target) is None:
+        raise UserError(f"{target} holds something else than a checkpoint; it has to be empty")
+
+
 def _causal_inside(denoiser: TessDenoiser) -> tuple[HybridForCausalLM, list[str]]:
     """A causal model that shares the denoiser's weights, and the names that it leaves out."""
-    config = HybridConfig(**_own_fields(denoiser.config.backbone_config))
+    fields = _own_fields(denoiser.config.backbone_config) | {"num_nextn_predict_layers": 0}
+    config = HybridConfig(**fields)
     with init_empty_weights():
         model = HybridForCausalLM(config)
     model.backbone = denoiser.backbone

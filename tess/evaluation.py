@@ -31,7 +31,6 @@ class Generation(Protocol):
     text: str
     num_new_tokens: int  # new tokens that are not padding
     nfe: int  # network evaluations spent on this text
-    num_accepted: int  # drafted tokens that are in it; 0 for decoders that do not draft
 
 
 class Decoder(Protocol):
@@ -130,7 +129,7 @@ def evaluate(
         "milliseconds_per_token": 1e3 * seconds / new_tokens if new_tokens else None,
         "tokens_per_forward": new_tokens / sum(nfe),
         "num_draft_tokens": decoder.num_draft_tokens,
-        "acceptance_length": _acceptance_length(decoder, generations),
+        "acceptance_length": _acceptance_length(decoder, generations, new_tokens),
         "metrics": {
             "system": score(texts, references, sources),
             "copy_source": score(sources, references, sources),
@@ -151,15 +150,17 @@ def evaluate(
     return Evaluation(report, predictions)
 
 
-def _acceptance_length(decoder: Decoder, generations: Sequence[Generation]) -> float | None:
-    """Tokens that one check of a draft adds, on average: its own one, and the drafts that stay.
+def _acceptance_length(
+    decoder: Decoder, generations: Sequence[Generation], new_tokens: int
+) -> float | None:
+    """Tokens that one check of a draft adds, on average: the drafts that stay, and its own one.
 
     None for a decoder that does not draft, and where no text needed a check.
     """
-    checks = sum(int(generation.nfe) - 1 for generation in generations)  # the first read the source
+    checks = sum(int(generation.nfe) - 1 for generation in generations)
     if decoder.num_draft_tokens is None or checks == 0:
         return None
-    return 1 + sum(int(generation.num_accepted) for generation in generations) / checks
+    return (new_tokens - len(generations)) / checks  # reading the source gave each its first
 
 
 def prepare_output_dir(path: str | Path) -> Path:
@@ -232,7 +233,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     settings = {
         "checkpoint": report["checkpoint"],
         "parameters": f"{report['num_parameters']:,}",
-        "num_inference_steps": "none: one evaluation per token" if steps is None else steps,
+        "num_inference_steps": "none" if steps is None else steps,
         "seed": report["seed"],
         "batch_size": report["batch_size"],
         **report["versions"],

@@ -155,6 +155,8 @@ def ar_loss(
 
     ahead = [mean_loss(logits, d + 1) for d, logits in enumerate(out.mtp_logits or (), start=1)]
     mean_ahead = torch.stack(ahead).mean() if ahead else out.logits.new_zeros(())
+    if not next_token and not ahead:  # nothing to learn, but a graph to go back through
+        return sum(0.0 * parameter.sum() for parameter in core.mtp.parameters())
     if not next_token:
         return mean_ahead
     return mean_loss(out.logits, 1) + mtp_loss_scale * mean_ahead

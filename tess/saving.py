@@ -6,6 +6,7 @@ files), in this project's layout or as NVIDIA releases Nemotron-H.
 """
 
 import json
+import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,16 +19,18 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
-from tess.backbones.checkpoint import load_checkpoint
+from tess.backbones.checkpoint import load_checkpoint, tensor_names
 from tess.backbones.config import HybridConfig
 from tess.backbones.hybrid import HybridForCausalLM
-from tess.backbones.released import MODEL_TYPE, load_released
+from tess.backbones.released import MODEL_TYPE, load_released, read_released_config
 from tess.config import TessConfig
 from tess.denoiser import TessDenoiser
 from tess.errors import UserError
 from tess.pipeline import TessPipeline
 from tess.schedulers.renoising import RenoisingScheduler
 from tess.tokenization import check_tokenizer, load_tokenizer
+
+logger = logging.getLogger(__name__)
 
 Model = TessDenoiser | HybridForCausalLM
 
@@ -174,7 +177,14 @@ def _load_causal(
     folder: Path, dtype: torch.dtype | None, device: torch.device | str
 ) -> HybridForCausalLM:
     if _read_mapping(folder / "config.json")["model_type"] == MODEL_TYPE:
-        return load_released(folder, dtype=dtype, device=device)
+        mtp = any(name.startswith("mtp.") for name in tensor_names(folder))
+        named = read_released_config(folder).num_nextn_predict_layers > 0
+        if named and not mtp:
+            logger.warning(
+                "%s names a multi-token predictor, but has no weights of one: it is read without",
+                folder / "config.json",
+            )
+        return load_released(folder, dtype=dtype, device=device, mtp=mtp or not named)
     config = read_config(folder, HybridConfig)
     return load_checkpoint(HybridForCausalLM, config, folder, dtype=dtype, device=device)
 

@@ -191,12 +191,14 @@ def _record_settings(settings: Settings, resumed: bool) -> None:
     if resumed and path.is_file():
         before = json.loads(path.read_text())
         for group in ("model", "diffusion", "causal"):
-            known = before.get(group, {})
-            changed = [key for key in now[group] if known.get(key) != now[group][key]]
+            # a setting that the older run did not know had what is its default now
+            fields = dataclasses.fields(getattr(settings, group))
+            known = {f.name: f.default for f in fields} | before.get(group, {})
+            changed = [key for key in now[group] if known[key] != now[group][key]]
             if changed:
                 raise UserError(
                     f"{path.parent} holds checkpoints of another run ({changed[0]} was "
-                    f"{known.get(changed[0])!r} and is {now[group][changed[0]]!r}); "
+                    f"{known[changed[0]]!r} and is {now[group][changed[0]]!r}); "
                     "choose another --output_dir"
                 )
     try:

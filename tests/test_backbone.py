@@ -150,6 +150,27 @@ def test_padded_denoising_equals_every_row_alone(direction):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("pattern", ["MM", "M*EM"])
+@torch.no_grad()
+def test_a_padded_block_after_a_cache_equals_each_row_alone(pattern):
+    model, cache = make(hybrid_override_pattern=pattern).double(), HybridCache()
+    model(ids(3, 6), past_key_values=cache)
+    before = cache.snapshot()
+    mask = torch.ones(3, 5, dtype=torch.long)
+    mask[0, :2], mask[1, :] = 0, 0
+    mask[1, 4:] = 1
+    block, after = ids(3, 5), ids(3, 2)
+    got = model(block, attention_mask=mask, past_key_values=cache).last_hidden_state
+    then = model(after, past_key_values=cache).last_hidden_state
+    for row in range(3):
+        alone = before.select(torch.tensor([row]))
+        start = int((mask[row] == 0).sum())
+        want = model(block[row : row + 1, start:], past_key_values=alone).last_hidden_state[0]
+        assert relative(got[row, start:], want) < 1e-12
+        want = model(after[row : row + 1], past_key_values=alone).last_hidden_state[0]
+        assert relative(then[row], want) < 1e-12
+
+
 def test_causal_source_cached_equals_the_same_source_recomputed_token_by_token():
     model, whole, stepwise = make(), HybridCache(), HybridCache()
     source, target = ids(2, 11), ids(2, 6)

@@ -209,6 +209,22 @@ def test_weights_go_to_the_device_and_nothing_is_initialised_over_them(tmp_path)
     assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
+def test_a_stored_head_is_read_whatever_the_config_says_about_tying(tmp_path):
+    model = make()
+    save_released(model, tmp_path)
+    edit_config(tmp_path, tie_word_embeddings=True)
+    ids = torch.randint(0, 61, (2, 9))
+    assert torch.equal(load_released(tmp_path)(ids).logits, model(ids).logits)
+
+
+def test_writing_over_a_sharded_checkpoint_leaves_nothing_of_it(tmp_path):
+    save_released(make(), tmp_path, max_shard_bytes=60_000)
+    other = make(hidden_size=64)
+    save_released(other, tmp_path)
+    assert [path.name for path in tmp_path.glob("*.safetensors")] == ["model.safetensors"]
+    assert same_tensors(load_released(tmp_path), other)
+
+
 def test_a_predictor_can_be_left_out_and_its_loss_is_noticed(tmp_path):
     model = make()
     save_released(model, tmp_path)
@@ -332,6 +348,12 @@ def test_tensors_that_do_not_fit_are_refused_by_name(tmp_path, change, message):
         ({"model_type": "nemotron_h_puzzle"}, "model_type 'nemotron_h_puzzle'; expected 'nemotr"),
         ({"quantization_config": {"quant_method": "modelopt"}}, r"quantized weights \(modelopt\)"),
         ({"hidden_size": "48"}, "hidden_size"),
+        ({"hidden_size": -4}, "hidden_size must be 1 or more, got -4"),
+        ({"n_groups": 0}, "n_groups must be 1 or more, got 0"),
+        ({"num_hidden_layers": 99}, "num_hidden_layers is 99, but 'M.EM-.' has 6 layers"),
+        ({"layers_block_type": ["mamba", "moe"]}, "layers_block_type says 'ME' and"),
+        ({"layers_block_type": []}, "layers_block_type says '' and"),
+        ({"time_step_limit": [0.1]}, "time_step_limit must be a lower and an upper limit"),
     ],
 )
 def test_a_config_that_cannot_be_used_is_one_sentence(tmp_path, changes, message):
@@ -352,8 +374,25 @@ def test_a_folder_without_config_or_weights_or_with_a_broken_index_is_named(tmp_
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="has no weights; expected model.safetensors or"):
         load_released(tmp_path)
-    (tmp_path / "model.safetensors.index.json").write_text("[]")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"lm_head.weight": "../model.safetensors"}}')
+    with pytest.raises(ValueError, match="'../model.safetensors' is no file of the folder itself"):
+        load_released(tmp_path)
+    index.write_text("[]")
     with pytest.raises(ValueError, match="index.json is no index with a weight_map"):
+        load_released(tmp_path)
+    index.unlink()
+    save_released(make(), tmp_path)
+    index.write_text('{"weight_map": {}}')
+    with pytest.raises(ValueError, match="has both model.safetensors and model.safetensors.index"):
+        load_released(tmp_path)
+    index.unlink()
+    for content in ("[1]", '"5"', "{"):
+        (tmp_path / "generation_config.json").write_text(content)
+        with pytest.raises(ValueError, match="generation_config.json holds no generation settings"):
+            load_released(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match="config.json is no JSON object"):
         load_released(tmp_path)
     with pytest.raises(ValueError, match="expert_layout must be one of"):
         save_released(make(), tmp_path, expert_layout="sparse")

@@ -312,6 +312,60 @@ def test_every_stopping_criterion_stops_at_the_same_token():
         assert torch.equal(drafted.sequences, plain)
 
 
+@pytest.mark.parametrize("length", [16, 17, 18, 33, 40])
+def test_texts_that_end_when_the_caches_are_compacted_are_no_exception(length):
+    model = make().double()  # one token a round: the last row ends in round length - 1
+    ids, mask = prompts(3, 7)
+    plain, drafted = plain_and_drafted(
+        model, ids, mask, 1, max_new_tokens=length, eos_token_id=None
+    )
+    assert torch.equal(drafted.sequences, plain)
+
+
+@pytest.mark.parametrize("pattern", ["M*", "-", "*M-E", "MM"])
+@pytest.mark.parametrize("after_norm", [True, False])
+def test_other_predictors_change_no_text_and_draft_the_same_in_any_batch(pattern, after_norm):
+    model = make(
+        agreeing=False, mtp_hybrid_override_pattern=pattern, mtp_after_norm_f=after_norm,
+        tie_word_embeddings=True,
+    ).double()  # fmt: skip
+    ids, mask = prompts(4, 6, seed=3)
+    plain, drafted = plain_and_drafted(model, ids, mask, 3)
+    assert torch.equal(drafted.sequences, plain)
+    for row in range(4):
+        start = int((mask[row] == 0).sum())
+        alone = plain_and_drafted(
+            model, ids[row : row + 1, start:], mask[row : row + 1, start:], 3
+        )[1]  # fmt: skip
+        assert alone.num_accepted[0] == drafted.num_accepted[row]
+        assert alone.num_forwards[0] == drafted.num_forwards[row]
+
+
+def test_finished_rows_are_padded_as_plain_decoding_pads_them_without_a_pad_token():
+    model = make(pad_token_id=None).double()
+    ids, mask = prompts(5, 6)
+    plain, drafted = plain_and_drafted(model, ids, mask, 2, pad_token_id=None, eos_token_id=[29, 5])
+    assert torch.equal(drafted.sequences, plain)
+    assert (plain[:, -1] == 29).any()
+
+
+def test_the_number_of_drafts_comes_from_where_it_was_said():
+    model = make()
+    ids, _ = prompts(1, 4)
+
+    def drafts(**options):
+        out = model.generate(
+            ids, use_mtp=True, max_new_tokens=2, eos_token_id=None, pad_token_id=0,
+            return_dict_in_generate=True, **options,
+        )  # fmt: skip
+        return int(out.num_drafted)
+
+    assert drafts() == 3
+    assert drafts(num_assistant_tokens=5) == 5
+    model.generation_config.num_assistant_tokens = 2
+    assert drafts() == 2
+
+
 class Listener:
     def __init__(self):
         self.tokens, self.ended = [], False
@@ -396,7 +450,10 @@ def test_sampling_with_drafts_follows_the_seed():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_assistant_tokens": 0}, "num_assistant_tokens must be at least 1 with use_mtp"),
+        ({"num_assistant_tokens": 0}, "num_assistant_tokens must be 1 or more with use_mtp"),
+        ({"num_assistant_tokens": 2.5}, "must be 1 or more with use_mtp, got 2.5"),
+        ({"guidance_scale": 1.5}, "guidance_scale does not go with use_mtp"),
+        ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens does not go with use_mtp"),
         ({"num_beams": 2}, "use_mtp goes with greedy search and sampling"),
         ({"use_cache": False}, "use_mtp needs the cache"),
         ({"return_dict_in_generate": True, "output_logits": True}, "output_logits is not avail"),

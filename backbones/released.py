@@ -16,6 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tess.backbones.causal_lm import HybridForCausalLM
 from tess.backbones.checkpoint import (
     INDEX_FILE,
     SINGLE_FILE,
@@ -24,7 +25,6 @@ from tess.backbones.checkpoint import (
     tensor_names,
 )
 from tess.backbones.config import HybridConfig
-from tess.backbones.hybrid import HybridForCausalLM
 from tess.backbones.pretrained import stays_float32
 
 MODEL_TYPE = "nemotron_h"

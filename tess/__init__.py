@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # what editors and type checkers read
     from tess.backbones.cache import HybridCache
+    from tess.backbones.causal_lm import HybridForCausalLM
     from tess.backbones.config import HybridConfig
-    from tess.backbones.hybrid import HybridForCausalLM, HybridModel
+    from tess.backbones.hybrid import HybridModel
+    from tess.backbones.released import load_released, save_released
     from tess.config import TessConfig
     from tess.decoders import load_decoder
     from tess.denoiser import TessDenoiser
@@ -31,12 +33,14 @@ __all__ = [
     "TessDenoiser",
     "TessPipeline",
     "load_decoder",
+    "load_released",
+    "save_released",
 ]
 
 _HOME = {
     "HybridCache": "tess.backbones.cache",
     "HybridConfig": "tess.backbones.config",
-    "HybridForCausalLM": "tess.backbones.hybrid",
+    "HybridForCausalLM": "tess.backbones.causal_lm",
     "HybridModel": "tess.backbones.hybrid",
     "NoisedSimplex": "tess.schedulers.simplex",
     "RenoisingScheduler": "tess.schedulers.renoising",
@@ -44,6 +48,8 @@ _HOME = {
     "TessDenoiser": "tess.denoiser",
     "TessPipeline": "tess.pipeline",
     "load_decoder": "tess.decoders",
+    "load_released": "tess.backbones.released",
+    "save_released": "tess.backbones.released",
 }
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tess.backbones.hybrid import HybridForCausalLM
+from tess.backbones.causal_lm import HybridForCausalLM
 from tess.backbones.released import save_released
 from tess.benchmarks import environment
 from tess.collators import pad_sources

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tess.backbones.hybrid import HybridForCausalLM
+from tess.backbones.causal_lm import HybridForCausalLM
 from tess.backbones.presets import preset_config
 from tess.backbones.released import save_released
 from tess.benchmarks import environment

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 
+from tess.backbones.causal_lm import HybridForCausalLM
 from tess.backbones.checkpoint import GENERATION_FILE, load_checkpoint, tensor_names
 from tess.backbones.config import HybridConfig
-from tess.backbones.hybrid import HybridForCausalLM
 from tess.backbones.released import MODEL_TYPE, read_released_config, save_released
 from tess.config import TessConfig
 from tess.denoiser import TessDenoiser

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.utils import logging as transformers_logging
 
-from tess.backbones.hybrid import DRAFT_TOKENS
+from tess.backbones.causal_lm import DRAFT_TOKENS
 from tess.collators import pad_sources
 from tess.errors import UserError
 from tess.kernels import random

@@ -6,8 +6,8 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from tess.arguments import SMALL_BACKBONE, Settings
+from tess.backbones.causal_lm import HybridForCausalLM
 from tess.backbones.config import HybridConfig
-from tess.backbones.hybrid import HybridForCausalLM
 from tess.backbones.presets import PRESETS
 from tess.collators import objective_names
 from tess.config import TessConfig

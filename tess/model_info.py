@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from tess.backbones.causal_lm import HybridForCausalLM
 from tess.backbones.config import HybridConfig
 from tess.backbones.feedforward import StackedExperts
-from tess.backbones.hybrid import HybridForCausalLM
 from tess.backbones.presets import PRESETS, preset_config
 from tess.backbones.released import MODEL_TYPE, read_released_config
 from tess.config import TessConfig

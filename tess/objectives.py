@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tess.backbones.causal_lm import predictable
 from tess.backbones.config import HybridConfig
-from tess.backbones.hybrid import predictable
 from tess.errors import UserError
 from tess.schedulers.renoising import RenoisingScheduler
 

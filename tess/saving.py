@@ -19,9 +19,9 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
+from tess.backbones.causal_lm import HybridForCausalLM
 from tess.backbones.checkpoint import load_checkpoint, tensor_names
 from tess.backbones.config import HybridConfig
-from tess.backbones.hybrid import HybridForCausalLM
 from tess.backbones.released import MODEL_TYPE, load_released, read_released_config
 from tess.config import TessConfig
 from tess.denoiser import TessDenoiser

@@ -6,9 +6,10 @@ from safetensors import safe_open
 from transformers import AutoConfig
 
 from tess.backbones.cache import HybridCache
+from tess.backbones.causal_lm import HybridForCausalLM
 from tess.backbones.config import HybridConfig
 from tess.backbones.feedforward import balance_routers
-from tess.backbones.hybrid import HybridForCausalLM, HybridModel
+from tess.backbones.hybrid import HybridModel
 
 OPTIONS = {
     "vocab_size": 61, "hidden_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2,

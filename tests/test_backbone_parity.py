@@ -11,8 +11,8 @@ import torch
 from transformers import NemotronHConfig, NemotronHForCausalLM
 
 from tess.backbones.cache import HybridCache
+from tess.backbones.causal_lm import HybridForCausalLM
 from tess.backbones.config import HybridConfig
-from tess.backbones.hybrid import HybridForCausalLM
 
 BASE = {
     "vocab_size": 61, "hidden_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2,

@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import NemotronHConfig, NemotronHForCausalLM
 
+from tess.backbones.causal_lm import HybridForCausalLM
 from tess.backbones.checkpoint import load_checkpoint, tensor_names
 from tess.backbones.config import HybridConfig
-from tess.backbones.hybrid import HybridForCausalLM, HybridModel
+from tess.backbones.hybrid import HybridModel
 from tess.backbones.released import load_released, read_released_config, save_released
 
 OPTIONS = {

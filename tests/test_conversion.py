@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from tess.backbones.cache import HybridCache
+from tess.backbones.causal_lm import HybridForCausalLM
 from tess.backbones.config import HybridConfig
-from tess.backbones.hybrid import HybridForCausalLM
 from tess.backbones.released import load_released, save_released
 from tess.conversion import causal_to_tess, tess_to_causal
 from tess.decoders import load_decoder

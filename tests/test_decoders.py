@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tess.backbones.causal_lm import HybridForCausalLM
 from tess.backbones.config import HybridConfig
-from tess.backbones.hybrid import HybridForCausalLM
 from tess.config import TessConfig
 from tess.decoders import _KeyedNucleus, load_decoder, make_decoder
 from tess.denoiser import TessDenoiser

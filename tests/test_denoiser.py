@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tess.arguments import DiffusionArguments
+from tess.backbones.causal_lm import HybridForCausalLM
 from tess.backbones.config import HybridConfig
-from tess.backbones.hybrid import HybridForCausalLM
 from tess.config import MIXING, SELF_CONDITIONING, TessConfig
 from tess.denoiser import TessDenoiser
 from tess.schedulers.renoising import RenoisingScheduler

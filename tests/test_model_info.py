@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tess.backbones.causal_lm import HybridForCausalLM
 from tess.backbones.config import HybridConfig
-from tess.backbones.hybrid import HybridForCausalLM
 from tess.backbones.presets import PRESETS, preset_config
 from tess.config import TessConfig
 from tess.errors import UserError

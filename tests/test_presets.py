@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tess.backbones.causal_lm import HybridForCausalLM
 from tess.backbones.config import HybridConfig
-from tess.backbones.hybrid import HybridForCausalLM
 from tess.backbones.presets import PRESETS, preset_config
 from tess.model_info import count_parameters, describe
 

@@ -7,8 +7,8 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria
 
 from tess.backbones.cache import HybridCache
+from tess.backbones.causal_lm import HybridForCausalLM
 from tess.backbones.config import HybridConfig
-from tess.backbones.hybrid import HybridForCausalLM
 from tess.kernels import reference
 from tess.kernels.speculative import accept_drafts, draw_tokens, match_drafts
 from tess.kernels.ssd import ssd_advance

@@ -1,0 +1,231 @@
+"""A causal language model over the backbone, with multi-token prediction where the config has it.
+
+Letters: B batch, L positions, N chosen positions, V vocabulary, H hidden.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+)
+from transformers.generation import GenerationMode
+from transformers.utils import ModelOutput
+
+from tess.backbones.cache import HybridCache
+from tess.backbones.config import HybridConfig
+from tess.backbones.hybrid import HybridModel, HybridModelOutput, HybridPreTrainedModel
+from tess.backbones.mtp import MultiTokenPredictor
+from tess.backbones.speculative import MtpGenerateOutput, decode_with_mtp
+
+DRAFT_TOKENS = 3
+"""Tokens that `generate(use_mtp=True)` drafts at a time when it is not told."""
+
+
+@dataclass
+class HybridCausalLMOutput(ModelOutput):
+    """loss, logits and cache as in transformers; mtp_logits: see `predict_ahead`."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: HybridCache | None = None
+    mtp_logits: tuple[Tensor, ...] | None = None
+
+
+def predictable(wanted_BL: Tensor, mask_BL: Tensor | None, distance: int) -> Tensor:
+    """Which wanted tokens are predicted from `distance` before them: [B, L - distance] bool.
+
+    A token of padding predicts nothing.
+    """
+    wanted = wanted_BL[:, distance:].bool()
+    return wanted if mask_BL is None else wanted & mask_BL[:, : wanted.shape[1]].bool()
+
+
+class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
+    """Backbone and language-model head, and a multi-token predictor where the config has one.
+
+    `generate()` is transformers', over the hybrid cache. With `use_mtp=True` the predictor drafts
+    `num_assistant_tokens` tokens (3 unless given) and the backbone checks them in one block; see
+    `backbones/speculative.py`. Greedily that gives the same tokens in fewer evaluations.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "backbone.embeddings.weight"}
+
+    def __init__(self, config: HybridConfig) -> None:
+        super().__init__(config)
+        self.backbone = HybridModel(config)
+        self.mtp = MultiTokenPredictor(config) if config.num_nextn_predict_layers else None
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Linear:
+        """The head."""
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Linear) -> None:
+        """Replace the head."""
+        self.lm_head = value
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: HybridCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool = False,
+        logits_to_keep: int = 0,
+        wanted: Tensor | None = None,
+        mtp_depth: int = 0,
+        **kwargs,
+    ) -> HybridCausalLMOutput:
+        """Next-token logits [B, L, V] in float32 (the last `logits_to_keep` positions, 0: all).
+
+        `labels` [B, L] are token ids, -100 where no loss is wanted; the shift is done here.
+        `wanted` [B, L] bool names tokens instead, and only their logits are computed: [N, V], row
+        by row the prediction of those that are `predictable`. `mtp_depth` above 0 adds
+        `mtp_logits`, see `predict_ahead`. Remaining keyword arguments are what `generate` and
+        Trainer pass along to every model (position ids, output flags); this family has no use for
+        them.
+        """
+        if wanted is not None and labels is not None:
+            raise ValueError("wanted and labels exclude each other; got both")
+        if mtp_depth and input_ids is None:
+            raise ValueError("mtp_depth reads the tokens ahead from input_ids, got embeddings")
+        if use_cache and past_key_values is None:
+            past_key_values = HybridCache()
+        out = self.backbone(input_ids, inputs_embeds, attention_mask, past_key_values)
+        hidden = out.last_hidden_state[:, -logits_to_keep:]
+        if wanted is not None:
+            hidden = out.last_hidden_state[:, :-1][predictable(wanted, attention_mask, 1)]
+        logits = self.lm_head(hidden).float()
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
+        ahead = None
+        if mtp_depth:
+            state = self.mtp_input(out)
+            ahead = self.predict_ahead(input_ids, state, attention_mask, mtp_depth, wanted)
+        cache = out.past_key_values if use_cache else None
+        return HybridCausalLMOutput(loss, logits, cache, ahead)
+
+    def mtp_input(self, out: HybridModelOutput) -> Tensor:
+        """The backbone's state [B, L, H] that the multi-token predictor reads."""
+        return out.last_hidden_state if self.config.mtp_after_norm_f else out.pre_norm_state
+
+    def predict_ahead(
+        self,
+        input_ids: Tensor,
+        state_BLH: Tensor,
+        attention_mask: Tensor | None,
+        depth: int,
+        wanted: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Logits of tokens further ahead, for training the predictor with teacher forcing.
+
+        Entry d - 1 is [B, L - 1 - d, V] in float32: at position t it predicts the token d + 1 after
+        it. Depth 1 reads the backbone's states, every further one the states of the one before.
+        With `wanted` [B, L] it is [N, V], the predictions of the `predictable` among these tokens.
+
+        Raises:
+            ValueError: no predictor in this model, or a text too short for the depth.
+        """
+        self._need_mtp()
+        length = input_ids.shape[1]
+        if depth > length - 2:
+            raise ValueError(f"mtp_depth {depth} needs {depth + 2} tokens or more, got {length}")
+        ahead = []
+        for d in range(1, depth + 1):
+            keep = length - 1 - d
+            mask = None if attention_mask is None else attention_mask[:, :keep]
+            embeds = self.backbone.embeddings(input_ids[:, d : d + keep])
+            state_BLH = self.mtp(embeds, state_BLH[:, :keep], mask)
+            hidden = state_BLH
+            if wanted is not None:
+                hidden = state_BLH[predictable(wanted, attention_mask, d + 1)]
+            ahead.append(self.lm_head(hidden).float())
+        return tuple(ahead)
+
+    def _need_mtp(self) -> None:
+        if self.mtp is None:
+            raise ValueError(
+                "this checkpoint has no multi-token predictor (num_nextn_predict_layers is 0), "
+                "which MTP needs"
+            )
+
+    # what transformers' generate() asks for
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False  # transformers' cache cannot be snapshot or selected; ours is made below
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args) -> None:
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = HybridCache()
+
+    def _prepare_generation_config(self, generation_config, **kwargs):
+        places = (kwargs.get("num_assistant_tokens"), generation_config, self.generation_config)
+        given = [getattr(place, "num_assistant_tokens", place) for place in places]
+        prepared, rest = super()._prepare_generation_config(generation_config, **kwargs)
+        if given == [None] * 3:  # transformers' own default, 20, is meant for n-gram lookup
+            prepared.num_assistant_tokens = DRAFT_TOKENS
+        return prepared, rest
+
+    def _validate_generation_mode(self, generation_mode, generation_config, mode_kwargs) -> None:
+        config = generation_config
+        if not config.use_mtp:
+            return super()._validate_generation_mode(generation_mode, config, mode_kwargs)
+        self._need_mtp()
+        if generation_mode != GenerationMode.ASSISTED_GENERATION:
+            raise ValueError(f"use_mtp goes with greedy search and sampling, not {generation_mode}")
+        drafts = config.num_assistant_tokens
+        if not isinstance(drafts, int) or drafts < 1:
+            raise ValueError(f"num_assistant_tokens must be 1 or more with use_mtp, got {drafts!r}")
+        for name, value in (
+            ("assistant_model", mode_kwargs.get("assistant_model")),
+            ("prompt_lookup_num_tokens", config.prompt_lookup_num_tokens),
+            ("guidance_scale", None if config.guidance_scale == 1 else config.guidance_scale),
+        ):
+            if value is not None:
+                raise ValueError(f"{name} does not go with use_mtp, which drafts by itself")
+        for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
+            if config.return_dict_in_generate and getattr(config, name):
+                raise ValueError(f"{name} is not available with use_mtp, which keeps none of them")
+        if config.use_cache is False:
+            raise ValueError("use_mtp needs the cache; got use_cache=False")
+
+    def _assisted_decoding(
+        self,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        streamer=None,
+        past_key_values: HybridCache | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **unused,
+    ) -> MtpGenerateOutput | Tensor:
+        if inputs_embeds is not None or (past_key_values and past_key_values.get_seq_length()):
+            raise ValueError("use_mtp reads the prompt as input_ids, got embeddings or a cache")
+        pad = generation_config._pad_token_tensor  # transformers falls back to the end token here
+        out = decode_with_mtp(
+            self,
+            input_ids,
+            attention_mask,
+            num_draft_tokens=generation_config.num_assistant_tokens,
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
+            do_sample=bool(generation_config.do_sample),
+            pad_token_id=0 if pad is None else int(pad),
+            streamer=streamer,
+        )
+        return out if generation_config.return_dict_in_generate else out.sequences
+
+
+AutoModelForCausalLM.register(HybridConfig, HybridForCausalLM)

@@ -20,7 +20,15 @@ from tess.backbones.released import MODEL_TYPE, read_released_config, save_relea
 from tess.config import TessConfig
 from tess.denoiser import TessDenoiser
 from tess.errors import UserError
-from tess.saving import Parts, kind_of, load_parts, read_config, replaced_folder, save_parts
+from tess.saving import (
+    Parts,
+    kind_of,
+    load_parts,
+    own_fields,
+    read_config,
+    replaced_folder,
+    save_parts,
+)
 from tess.schedulers.renoising import RenoisingScheduler
 from tess.tokenization import check_tokenizer, load_tokenizer
 
@@ -55,7 +63,7 @@ def causal_to_tess(
     _check_target(source, target)
     try:
         was = _causal_config(source)
-        fields = _own_fields(was)
+        fields = own_fields(was)
         fields |= {"mamba_direction": "gated", "num_nextn_predict_layers": 0}
         config = TessConfig(
             backbone_config=HybridConfig(**fields), label_shift=True, **(denoiser or {})
@@ -121,7 +129,7 @@ def _check_target(source: Path, target: Path) -> None:
 
 def _causal_inside(denoiser: TessDenoiser) -> tuple[HybridForCausalLM, list[str]]:
     """A causal model that shares the denoiser's weights, and the names that it leaves out."""
-    fields = _own_fields(denoiser.config.backbone_config) | {"num_nextn_predict_layers": 0}
+    fields = own_fields(denoiser.config.backbone_config) | {"num_nextn_predict_layers": 0}
     config = HybridConfig(**fields)
     with init_empty_weights():
         model = HybridForCausalLM(config)
@@ -145,8 +153,3 @@ def _is_new(name: str) -> bool:
 def _causal_config(folder: Path) -> HybridConfig:
     released = json.loads((folder / "config.json").read_text()).get("model_type") == MODEL_TYPE
     return read_released_config(folder) if released else read_config(folder, HybridConfig)
-
-
-def _own_fields(config: HybridConfig) -> dict[str, Any]:
-    history = ("_name_or_path", "architectures", "dtype", "transformers_version")
-    return {name: value for name, value in config.to_dict().items() if name not in history}

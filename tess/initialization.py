@@ -3,7 +3,7 @@
 import logging
 from typing import Any
 
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from tess.arguments import SMALL_BACKBONE, Settings
 from tess.backbones.causal_lm import HybridForCausalLM
@@ -13,7 +13,7 @@ from tess.collators import objective_names
 from tess.config import TessConfig
 from tess.denoiser import TessDenoiser
 from tess.errors import UserError
-from tess.saving import Parts, copy_weights, load_parts
+from tess.saving import Parts, copy_weights, load_parts, own_fields
 from tess.schedulers.renoising import RenoisingScheduler
 from tess.tokenization import load_tokenizer, source_layout, train_tokenizer
 from tess.training_data import TokenRows, length_rule
@@ -85,11 +85,11 @@ def _adapted(settings: Settings, given: Parts) -> Parts:
     was = given.model.config
     backbone = was if isinstance(was, HybridConfig) else was.backbone_config
     changes = settings.model.backbone_overrides() | _predictor(settings, backbone)
-    backbone = HybridConfig(**(_fields(backbone) | changes))
+    backbone = HybridConfig(**(own_fields(backbone) | changes))
     if settings.model.objective == "ar":
         parts = Parts(HybridForCausalLM(backbone), given.tokenizer)
     else:
-        fields = _fields(was) if isinstance(was, TessConfig) else {}
+        fields = own_fields(was) if isinstance(was, TessConfig) else {}
         fields |= {"backbone_config": backbone} | _denoiser_fields(settings)
         config = TessConfig(**fields)
         scheduler = _scheduler(settings, config, given.scheduler)
@@ -111,12 +111,6 @@ def _predictor(settings: Settings, was: HybridConfig) -> dict[str, int]:
         )
     wanted = settings.causal.mtp_depth > 0 or was.num_nextn_predict_layers > 0
     return {"num_nextn_predict_layers": int(wanted and settings.model.objective == "ar")}
-
-
-def _fields(config: PreTrainedConfig) -> dict[str, Any]:
-    """A config's settings, without where it was loaded from: a saved folder must not name that."""
-    history = ("_name_or_path", "architectures", "dtype", "transformers_version")
-    return {name: value for name, value in config.to_dict().items() if name not in history}
 
 
 def store_limits(parts: Parts, settings: Settings, rows: TokenRows) -> None:

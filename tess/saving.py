@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from tess.backbones.causal_lm import HybridForCausalLM
 from tess.backbones.checkpoint import load_checkpoint, tensor_names
@@ -225,6 +225,12 @@ def _read_mapping(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected a JSON object, found a {type(content).__name__}")
     return content
+
+
+def own_fields(config: PreTrainedConfig) -> dict[str, Any]:
+    """A config's settings, without where it was loaded from: a saved folder must not name that."""
+    history = ("_name_or_path", "architectures", "dtype", "transformers_version")
+    return {name: value for name, value in config.to_dict().items() if name not in history}
 
 
 def copy_weights(source: torch.nn.Module, target: torch.nn.Module) -> tuple[list[str], list[str]]:

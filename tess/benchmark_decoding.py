@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tess.backbones.causal_lm import HybridForCausalLM
 from tess.backbones.released import save_released
 from tess.benchmarks import environment
+from tess.cli import CHECKOUT
 from tess.collators import pad_sources
 from tess.decoders import ArDecoder, load_decoder
 from tess.errors import UserError
@@ -63,7 +64,7 @@ def benchmark_decoding(
         ]
     return {
         "benchmark": "decoding",
-        "checkpoint": str(checkpoint),
+        "checkpoint": _label(checkpoint),
         "rival": "transformers NemotronHForCausalLM.generate",
         "rows": figures,
         "sources": rows,
@@ -72,6 +73,12 @@ def benchmark_decoding(
         "parameters": sum(p.numel() for p in decoder.model.parameters()),
         "environment": environment(),
     }
+
+
+def _label(checkpoint: Path) -> str:
+    """Its path, from the root of the repository where it lies in there."""
+    path = checkpoint.resolve()
+    return str(path.relative_to(CHECKOUT) if path.is_relative_to(CHECKOUT) else checkpoint)
 
 
 class _Rival:

@@ -184,22 +184,3 @@ def test_script_prints_json_and_refuses_other_folders(tmp_path, capsys):
         describe(tmp_path / "empty")
     with pytest.raises(UserError, match="is not a folder"):
         describe(tmp_path / "missing")
-
-
-def test_backbone_benchmark_compares_the_same_function_and_writes_its_figures(tmp_path, capsys):
-    out = tmp_path / "figures.json"
-    script("benchmark", ["backbone", "--length", "20", "--repeats", "2", "--json", str(out)])
-    figures = json.loads(out.read_text())
-    assert figures["relative_difference"] < 1e-5
-    assert [(row["what"], row["dtype"]) for row in figures["rows"]] == [
-        (what, dtype)
-        for what in ("forward", "forward + backward")
-        for dtype in ("float32", "bfloat16")
-    ]
-    for row in figures["rows"]:
-        assert row["ours_ms"] > 0 and row["rival_ms"] > 0 and row["pairs"] == 2
-    assert "ratio" in capsys.readouterr().out
-    keys = set(figures) | set(figures["rows"][0]) | set(figures["environment"])
-    assert keys <= words_of_help("benchmark", capsys)
-    with pytest.raises(UserError, match="there is no folder"):
-        script("benchmark", ["backbone", "--json", str(tmp_path / "no" / "x.json")])

@@ -1,0 +1,85 @@
+"""scripts/benchmark.py: every subcommand runs, and says what its figures mean."""
+
+import json
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+from tess.errors import UserError
+
+SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "benchmark.py"
+
+
+def script(*arguments):
+    """Call the script's main in this process."""
+    runpy.run_path(str(SCRIPT))["main"]([str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def measured(tmp_path, capsys):
+    """Run a subcommand; its figures, its table, and every key of the figures is in --help."""
+
+    def run(*arguments):
+        out = tmp_path / "figures.json"
+        script(*arguments, "--json", out)
+        table = capsys.readouterr().out
+        figures = json.loads(out.read_text())
+        with pytest.raises(SystemExit):
+            script("--help")
+        words = set(re.findall(r"\w+", capsys.readouterr().out))
+        keys = set(figures) | set(figures["rows"][0]) | set(figures["environment"])
+        assert keys <= words
+        return figures, table
+
+    return run
+
+
+def test_backbone_compares_the_same_function(measured):
+    figures, table = measured("backbone", "--length", 20, "--repeats", 2)
+    assert figures["relative_difference"] < 1e-5
+    assert [(row["what"], row["dtype"]) for row in figures["rows"]] == [
+        (what, dtype)
+        for what in ("forward", "forward + backward")
+        for dtype in ("float32", "bfloat16")
+    ]
+    for row in figures["rows"]:
+        assert row["ours_ms"] > 0 and row["rival_ms"] > 0 and row["pairs"] == 2
+    assert "ratio" in table
+
+
+def test_decoding_compares_three_systems_that_write_the_same_texts(measured):
+    figures, table = measured(
+        "decoding", "--rows", 3, "--batch_size", 2, "--num_draft_tokens", 2, "--repeats", 1
+    )
+    rows = {row["system"]: row for row in figures["rows"]}
+    assert list(rows) == ["ar", "ar+mtp, 2 drafted", "transformers"]
+    assert figures["checkpoint"] == "checkpoints/default"
+    for row in rows.values():
+        assert row["ms_per_token"] > 0 and row["new_tokens"] == rows["ar"]["new_tokens"]
+        assert row["equal_texts"] == figures["sources"] == 3
+        assert f"| {row['system']} |" in table
+    assert rows["ar"]["speedup"] == rows["ar"]["tokens_per_forward"] == 1
+    drafted = rows["ar+mtp, 2 drafted"]
+    assert 1 < drafted["acceptance_length"] <= 3 and 0 < drafted["accepted_share"] <= 1
+    assert drafted["tokens_per_forward"] <= drafted["acceptance_length"]
+
+
+def test_loading_measures_peak_memory_against_the_size_of_the_tensors(measured):
+    figures, table = measured("loading", "--megabytes", 60, "--shard_megabytes", 40)
+    assert [row["system"] for row in figures["rows"]] == ["ours", "transformers"]
+    assert figures["shards"] > 1 and figures["tensor_bytes"] > 60e6
+    for row in figures["rows"]:
+        assert row["peak"] > 0.9 * figures["tensor_bytes"]  # the weights themselves are in it
+        assert row["peak_share"] == pytest.approx(row["peak"] / figures["tensor_bytes"])
+    assert "of the tensors' size" in table
+
+
+def test_a_wrong_request_is_one_sentence(tmp_path):
+    with pytest.raises(UserError, match="--rows must be from 1 to the 200 packaged"):
+        script("decoding", "--rows", 201)
+    with pytest.raises(UserError, match="has no decoder .ar.mtp."):
+        script("decoding", "--checkpoint", SCRIPT.parents[1] / "checkpoints" / "default" / "tess")
+    with pytest.raises(UserError, match="there is no folder"):
+        script("loading", "--json", tmp_path / "no" / "x.json")

@@ -1,6 +1,6 @@
 """A causal language model over the backbone, with multi-token prediction where the config has it.
 
-Letters: B batch, L positions, N chosen positions, V vocabulary, H hidden.
+Letters: B batch, L positions, N positions that have a token ahead, V vocabulary, H hidden.
 """
 
 from dataclasses import dataclass
@@ -21,6 +21,7 @@ from tess.backbones.config import HybridConfig
 from tess.backbones.hybrid import HybridModel, HybridModelOutput, HybridPreTrainedModel
 from tess.backbones.mtp import MultiTokenPredictor
 from tess.backbones.speculative import MtpGenerateOutput, decode_with_mtp
+from tess.kernels.cross_entropy import linear_cross_entropy
 
 DRAFT_TOKENS = 3
 """Tokens that `generate(use_mtp=True)` drafts at a time when it is not told."""
@@ -28,21 +29,15 @@ DRAFT_TOKENS = 3
 
 @dataclass
 class HybridCausalLMOutput(ModelOutput):
-    """loss, logits and cache as in transformers; mtp_logits: see `predict_ahead`."""
+    """loss, logits and cache as in transformers.
+
+    mtp_losses: per distance the mean cross-entropy of tokens further ahead, when asked for.
+    """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     past_key_values: HybridCache | None = None
-    mtp_logits: tuple[Tensor, ...] | None = None
-
-
-def predictable(wanted_BL: Tensor, mask_BL: Tensor | None, distance: int) -> Tensor:
-    """Which wanted tokens are predicted from `distance` before them: [B, L - distance] bool.
-
-    A token of padding predicts nothing.
-    """
-    wanted = wanted_BL[:, distance:].bool()
-    return wanted if mask_BL is None else wanted & mask_BL[:, : wanted.shape[1]].bool()
+    mtp_losses: tuple[Tensor, ...] | None = None
 
 
 class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
@@ -79,61 +74,79 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool = False,
         logits_to_keep: int = 0,
-        wanted: Tensor | None = None,
+        loss_weights: Tensor | None = None,
         mtp_depth: int = 0,
         **kwargs,
     ) -> HybridCausalLMOutput:
         """Next-token logits [B, L, V] in float32 (the last `logits_to_keep` positions, 0: all).
 
-        `labels` [B, L] are token ids, -100 where no loss is wanted; the shift is done here.
-        `wanted` [B, L] bool names tokens instead, and only their logits are computed: [N, V], row
-        by row the prediction of those that are `predictable`. `mtp_depth` above 0 adds
-        `mtp_logits`, see `predict_ahead`. Remaining keyword arguments are what `generate` and
-        Trainer pass along to every model (position ids, output flags); this family has no use for
-        them.
+        For training there are two ways. `labels` [B, L] are token ids, -100 where no loss is wanted
+        (the shift is done here), as in transformers. With `loss_weights` [B, L] instead the loss is
+        the mean of the tokens' cross-entropy under these weights, and no logits are returned: they
+        pass in slabs, and only those of tokens with a weight are computed. `mtp_depth` then adds
+        `mtp_losses` of as many distances, see `look_ahead`.
+
+        Remaining keyword arguments are what `generate` and Trainer pass along to every model
+        (position ids, output flags); this family has no use for them.
         """
-        if wanted is not None and labels is not None:
-            raise ValueError("wanted and labels exclude each other; got both")
-        if mtp_depth and input_ids is None:
-            raise ValueError("mtp_depth reads the tokens ahead from input_ids, got embeddings")
+        if mtp_depth and (loss_weights is None or input_ids is None):
+            raise ValueError("mtp_depth needs input_ids and loss_weights")
+        if loss_weights is not None and labels is not None:
+            raise ValueError("loss_weights and labels exclude each other; got both")
         if use_cache and past_key_values is None:
             past_key_values = HybridCache()
         out = self.backbone(input_ids, inputs_embeds, attention_mask, past_key_values)
-        hidden = out.last_hidden_state[:, -logits_to_keep:]
-        if wanted is not None:
-            hidden = out.last_hidden_state[:, :-1][predictable(wanted, attention_mask, 1)]
-        logits = self.lm_head(hidden).float()
+        cache = out.past_key_values if use_cache else None
+        if loss_weights is not None:
+            ahead = self.look_ahead(input_ids, self.mtp_input(out), attention_mask, mtp_depth)
+            loss, *mtp_losses = (
+                self._mean_loss(states, input_ids, loss_weights, attention_mask, distance)
+                for distance, states in enumerate((out.last_hidden_state, *ahead), start=1)
+            )
+            return HybridCausalLMOutput(loss, None, cache, tuple(mtp_losses))
+        logits = self.lm_head(out.last_hidden_state[:, -logits_to_keep:]).float()
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
-        ahead = None
-        if mtp_depth:
-            state = self.mtp_input(out)
-            ahead = self.predict_ahead(input_ids, state, attention_mask, mtp_depth, wanted)
-        cache = out.past_key_values if use_cache else None
-        return HybridCausalLMOutput(loss, logits, cache, ahead)
+        return HybridCausalLMOutput(loss, logits, cache)
+
+    def _mean_loss(
+        self,
+        states_BLH: Tensor,
+        ids_BL: Tensor,
+        weights_BL: Tensor,
+        mask_BL: Tensor | None,
+        distance: int,
+    ) -> Tensor:
+        """Mean cross-entropy of the tokens that lie `distance` after the states, in nats."""
+        weights_BN, ids_BN = weights_BL[:, distance:], ids_BL[:, distance:]
+        if mask_BL is not None:  # what would be predicted from padding is not
+            weights_BN = weights_BN * mask_BL[:, : weights_BN.shape[1]]
+        counted = weights_BN > 0
+        return linear_cross_entropy(
+            states_BLH[:, : weights_BN.shape[1]][counted],
+            self.lm_head.weight,
+            ids_BN[counted],
+            weights_T=weights_BN[counted],
+        )
 
     def mtp_input(self, out: HybridModelOutput) -> Tensor:
         """The backbone's state [B, L, H] that the multi-token predictor reads."""
         return out.last_hidden_state if self.config.mtp_after_norm_f else out.pre_norm_state
 
-    def predict_ahead(
-        self,
-        input_ids: Tensor,
-        state_BLH: Tensor,
-        attention_mask: Tensor | None,
-        depth: int,
-        wanted: Tensor | None = None,
+    def look_ahead(
+        self, input_ids: Tensor, state_BLH: Tensor, attention_mask: Tensor | None, depth: int
     ) -> tuple[Tensor, ...]:
-        """Logits of tokens further ahead, for training the predictor with teacher forcing.
+        """The predictor's states for tokens further ahead, with the true tokens in between.
 
-        Entry d - 1 is [B, L - 1 - d, V] in float32: at position t it predicts the token d + 1 after
-        it. Depth 1 reads the backbone's states, every further one the states of the one before.
-        With `wanted` [B, L] it is [N, V], the predictions of the `predictable` among these tokens.
+        Entry d - 1 is [B, L - 1 - d, H]: under the head its position t predicts the token d + 1
+        after it. Depth 1 reads the backbone's states, every further one those of the one before.
 
         Raises:
             ValueError: no predictor in this model, or a text too short for the depth.
         """
+        if depth == 0:
+            return ()
         self._need_mtp()
         length = input_ids.shape[1]
         if depth > length - 2:
@@ -144,10 +157,7 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
             mask = None if attention_mask is None else attention_mask[:, :keep]
             embeds = self.backbone.embeddings(input_ids[:, d : d + keep])
             state_BLH = self.mtp(embeds, state_BLH[:, :keep], mask)
-            hidden = state_BLH
-            if wanted is not None:
-                hidden = state_BLH[predictable(wanted, attention_mask, d + 1)]
-            ahead.append(self.lm_head(hidden).float())
+            ahead.append(state_BLH)
         return tuple(ahead)
 
     def _need_mtp(self) -> None:

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tess.backbones.causal_lm import predictable
 from tess.backbones.config import HybridConfig
 from tess.errors import UserError
 from tess.schedulers.renoising import RenoisingScheduler
@@ -144,22 +143,13 @@ def ar_loss(
     order_BN = mask_BN.argsort(dim=1, stable=True)
     ids_BN, mask_BN, weights_BN = (t.gather(1, order_BN) for t in (ids_BN, mask_BN, weights_BN))
     depth = max(0, min(mtp_depth, ids_BN.shape[1] - 2))  # a short batch has none further ahead
-    wanted_BN = weights_BN > 0  # the others' logits are not computed
-    out = model(input_ids=ids_BN, attention_mask=mask_BN, wanted=wanted_BN, mtp_depth=depth)
-
-    def mean_loss(logits_NV: Tensor, distance: int) -> Tensor:
-        chosen = predictable(wanted_BN, mask_BN, distance)
-        ids_N, weights_N = ids_BN[:, distance:][chosen], weights_BN[:, distance:][chosen]
-        loss_N = F.cross_entropy(logits_NV, ids_N, reduction="none")
-        return (loss_N * weights_N).sum() / weights_N.sum().clamp(min=1e-8)
-
-    ahead = [mean_loss(logits, d + 1) for d, logits in enumerate(out.mtp_logits or (), start=1)]
-    mean_ahead = torch.stack(ahead).mean() if ahead else out.logits.new_zeros(())
-    if not next_token and not ahead:  # nothing to learn, but a graph to go back through
+    out = model(
+        input_ids=ids_BN, attention_mask=mask_BN, loss_weights=weights_BN, mtp_depth=depth
+    )
+    if not next_token and depth == 0:  # nothing to learn, but a graph to go back through
         return sum(0.0 * parameter.sum() for parameter in core.mtp.parameters())
-    if not next_token:
-        return mean_ahead
-    return mean_loss(out.logits, 1) + mtp_loss_scale * mean_ahead
+    ahead = torch.stack(out.mtp_losses).mean() if depth else 0.0
+    return out.loss + mtp_loss_scale * ahead if next_token else ahead
 
 
 def _ar_source(batch: dict[str, Tensor], bos_token_id: int | None) -> tuple[Tensor, Tensor]:

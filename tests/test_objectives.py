@@ -221,25 +221,47 @@ def test_a_text_too_short_for_a_depth_has_no_such_loss():
     assert ar_loss(model, batch, mtp_depth=3).item() == pytest.approx(
         ar_loss(model, batch, mtp_depth=1).item()
     )
+    ids = torch.tensor([[1, 5, 6]])
     with pytest.raises(ValueError, match="mtp_depth 2 needs 4 tokens or more, got 3"):
-        model(torch.tensor([[1, 5, 6]]), mtp_depth=2)
+        model(ids, loss_weights=torch.ones(1, 3), mtp_depth=2)
+    with pytest.raises(ValueError, match="mtp_depth needs input_ids and loss_weights"):
+        model(ids, mtp_depth=1)
+    with pytest.raises(ValueError, match="loss_weights and labels exclude each other"):
+        model(ids, loss_weights=torch.ones(1, 3), labels=ids)
 
 
-@pytest.mark.parametrize("depth", [0, 2])
-def test_logits_of_wanted_tokens_are_those_of_all_positions(depth):
-    model = HybridForCausalLM(HybridConfig(**SIZES, num_nextn_predict_layers=1)).eval()
+def test_a_frozen_model_whose_batch_has_nothing_ahead_still_has_a_graph():
+    model = HybridForCausalLM(HybridConfig(**SIZES, num_nextn_predict_layers=1))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("mtp."))
+    ids = torch.tensor([[21, EOS]])
+    ones = torch.ones_like(ids)
+    model.config.bos_token_id = None
+    batch = {
+        "target_ids": ids, "target_mask": ones, "noise_mask": ones, "loss_weights": ones.float(),
+    }  # fmt: skip
+    loss = ar_loss(model, batch, mtp_depth=2, next_token=False)
+    loss.backward()
+    assert loss.item() == 0 and not any(p.grad.any() for p in model.mtp.parameters())
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_weighted_loss_is_that_of_whole_logits_and_labels(weighted):
+    model = HybridForCausalLM(HybridConfig(**SIZES)).double()
     ids, mask = torch.randint(3, V, (2, 7)), torch.ones(2, 7, dtype=torch.long)
     mask[1, :3] = 0
-    wanted = torch.rand(2, 7) < 0.6
-    wanted[1, 2:4] = True  # the first is padding; the second follows padding
-    whole = model(ids, attention_mask=mask, mtp_depth=depth)
-    part = model(ids, attention_mask=mask, wanted=wanted, mtp_depth=depth)
-    for distance, (all_of, some) in enumerate(
-        zip([whole.logits[:, :-1], *(whole.mtp_logits or ())],
-            [part.logits, *(part.mtp_logits or ())], strict=True), start=1,
-    ):  # fmt: skip
-        chosen = wanted[:, distance:] & mask[:, :-distance].bool()
-        torch.testing.assert_close(some, all_of[chosen])
+    weights = torch.rand(2, 7).double() if weighted else (torch.rand(2, 7) < 0.6).double()
+    weights[1, 2:4] = 1.0  # the first is padding; the second would be predicted from padding
+    got = model(ids, attention_mask=mask, loss_weights=weights)
+    assert got.logits is None
+    logits = model(ids, attention_mask=mask).logits[:, :-1]
+    weights = weights[:, 1:] * mask[:, :-1]
+    losses = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+    want = (losses * weights).sum() / weights.sum()
+    assert got.loss.item() == pytest.approx(want.item(), rel=1e-6)
+    grads = [torch.autograd.grad(loss, list(model.parameters())) for loss in (got.loss, want)]
+    for one, other in zip(*grads):
+        assert (one - other).norm() <= 1e-5 * other.norm() + 1e-12
 
 
 def test_ar_loss_refuses_infilling_in_place():

@@ -471,4 +471,4 @@ def test_drafting_without_a_predictor_is_refused():
     with pytest.raises(ValueError, match="no multi-token predictor .num_nextn_predict_layers is 0"):
         model.generate(ids, use_mtp=True, max_new_tokens=3)
     with pytest.raises(ValueError, match="no multi-token predictor"):
-        model(ids, mtp_depth=1)
+        model(ids, loss_weights=torch.ones(1, 4), mtp_depth=1)

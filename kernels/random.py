@@ -97,7 +97,7 @@ def _box_muller(words: tuple[Tensor, ...], out_N4: Tensor) -> None:
 
 
 # Streams of kernels/order_statistics.py and kernels/simplex_embedding.py, apart from those above.
-SPACING_STREAM = 2
+LARGEST_STREAM = 2
 DISTINCT_STREAM = 3
 BULK_STREAM = 4
 

@@ -14,15 +14,21 @@ on the vocabulary. `noise="dense"` draws all of them, tile by tile.
 # U different tokens
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from tess.kernels import order_statistics, random
+from tess.kernels import random
+from tess.kernels.order_statistics import (
+    EmbeddingMoments,
+    TokenWeights,
+    embedding_moments,
+    largest_normals,
+    maths_dtype,
+    token_weights,
+)
 
 NOISES = ("order_statistics", "dense")
 
@@ -31,33 +37,11 @@ NOISES = ("order_statistics", "dense")
 SLAB_ROWS = 16
 DEVICE_SLAB_ROWS = 1024
 VOCABULARY_TILE = 4096  # a multiple of 64, as random.normal_at wants it
-DRAWN_VALUES = 16_384  # top values per piece of work, below torch's grain for threads
-GATHERED_VALUES = 1 << 21  # 8 MiB of float32
 
-FIRST_JITTER = 1e-6
-LAST_JITTER = 1e-2
-
-
-@dataclass(frozen=True, eq=False)
-class EmbeddingMoments:
-    """What the sampler knows of all rows of E at once; detached from the graph."""
-
-    sums: Tensor
-    """[H], the sum of the rows."""
-
-    factor: Tensor
-    """[H, H], lower: L L^T is the sum over rows of (E_i - mean)(E_i - mean)^T, plus the jitter."""
-
-
-class TopTokens(NamedTuple):
-    """One draw of the sampler: x = sum_j weights_j E_(ids_j) + share sum_i E_i + spread L z."""
-
-    ids_RJ: Tensor
-    weights_RJ: Tensor
-    """softmax weight less `share`, which the sum over all rows gives every token."""
-    share_R: Tensor
-    """Mean weight of a token that is neither the true one nor among the top."""
-    spread_R: Tensor
+# Values per piece of work. Top values on the CPU stay below torch's grain for threads, for the
+# bits; what is gathered takes 8 MiB of float32 there, and 256 MiB elsewhere.
+DRAWN_VALUES, DEVICE_DRAWN_VALUES = 1 << 14, 1 << 20
+GATHERED_VALUES, DEVICE_GATHERED_VALUES = 1 << 21, 1 << 26
 
 
 def simplex_embedding(
@@ -88,8 +72,8 @@ def simplex_embedding(
         moments: of E, for order statistics; computed here when None, which reads all of E. Those of
             a slightly older E do, since they only shape what is left after the top tokens.
 
-    Products and sums are float32, or float64 when E is; noise and weights float64. Raises
-    ValueError for shapes, ids, scales, K, moments and noise names that do not fit.
+    Products and sums are float32, or float64 when E is. Raises ValueError for shapes, ids, scales,
+    K, moments and noise names that do not fit.
     """
     _check_shapes(token_ids_BL, signal_BL, noise_BL, weight_VH, keys_B)
     _check_values(token_ids_BL, noise_BL, weight_VH)
@@ -102,43 +86,10 @@ def simplex_embedding(
         if noise == "dense":
             x_RH = _DenseEmbedding.apply(weight_VH, rows)
         else:
-            x_RH = _sampled(weight_VH, rows, num_top, moments)
+            moments = embedding_moments(weight_VH) if moments is None else moments
+            tokens = _draw_tokens(rows, len(weight_VH), num_top)
+            x_RH = _SampledEmbedding.apply(weight_VH, rows, *tokens, moments)
     return x_RH.view(*token_ids_BL.shape, -1)
-
-
-@torch.no_grad()
-def embedding_moments(weight_VH: Tensor) -> EmbeddingMoments:
-    """Sum and centred second moment of E's rows, in vocabulary tiles; float64 if E is, or float32.
-
-    Tiles are added up in float64. To the second moment 1e-6 of its mean diagonal is added so that
-    rounding leaves it positive, and ten times as much as long as it does not. Costs 2 V H^2
-    operations; ValueError if E is not finite.
-    """
-    dtype, width = _maths_dtype(weight_VH), weight_VH.shape[1]
-    tiles = weight_VH.detach().split(VOCABULARY_TILE)
-    sums_H = torch.zeros(width, dtype=torch.float64, device=weight_VH.device)
-    for tile_TH in tiles:
-        sums_H += tile_TH.to(dtype).sum(0)
-    mean_H = (sums_H / len(weight_VH)).to(dtype)
-    second_HH = sums_H.new_zeros(width, width)
-    with torch.autocast(weight_VH.device.type, enabled=False):
-        for tile_TH in tiles:
-            centred_TH = tile_TH.to(dtype) - mean_H
-            second_HH += centred_TH.T @ centred_TH
-    return EmbeddingMoments(sums_H.to(dtype), _cholesky(second_HH).to(dtype))
-
-
-def _cholesky(second_HH: Tensor) -> Tensor:
-    # never quite 0, so that rows that are all equal have a factor too
-    unit = second_HH.diagonal().mean().clamp(min=1e-200)
-    jitter = FIRST_JITTER
-    while jitter <= LAST_JITTER:
-        added_HH = torch.diag((unit * jitter).expand(len(second_HH)))
-        factor_HH, failed = torch.linalg.cholesky_ex(second_HH + added_HH)
-        if not failed and factor_HH.isfinite().all():
-            return factor_HH
-        jitter *= 10
-    raise ValueError("the embedding must be finite, its second moment has no Cholesky factor")
 
 
 class _Rows:
@@ -175,62 +126,22 @@ def _pad_rows(x: Tensor, multiple: int = SLAB_ROWS) -> Tensor:
 # ---- order statistics ----
 
 
-def _sampled(
-    weight_VH: Tensor, rows: _Rows, num_top: int, moments: EmbeddingMoments | None
-) -> Tensor:
-    moments = embedding_moments(weight_VH) if moments is None else moments
-    with torch.no_grad():
-        tokens = _draw_tokens(rows, len(weight_VH), num_top)
-    return _SampledEmbedding.apply(weight_VH, rows, tokens, moments)
-
-
-def _draw_tokens(rows: _Rows, vocabulary: int, num_top: int) -> TopTokens:
-    """The sampler's draw for every row, a bounded number of rows at a time."""
-    step = max(1, DRAWN_VALUES // (num_top * SLAB_ROWS)) * SLAB_ROWS
-    padded = [
-        _pad_rows(x) for x in (rows.keys_R, rows.positions_R, rows.ids_R, rows.gap_R, rows.sigma_R)
-    ]
+def _draw_tokens(rows: _Rows, vocabulary: int, num_top: int) -> tuple[Tensor, TokenWeights]:
+    """Ids [R, J] and weights of the true token and the top ones, some rows at a time."""
+    values = DRAWN_VALUES if rows.ids_R.device.type == "cpu" else DEVICE_DRAWN_VALUES
+    step = max(1, values // (num_top * SLAB_ROWS)) * SLAB_ROWS
+    fields = (rows.keys_R, rows.positions_R, rows.ids_R, rows.gap_R, rows.sigma_R)
     pieces = []
-    for keys_R, positions_R, ids_R, gap_R, sigma_R in zip(*(x.split(step) for x in padded)):
-        place = (keys_R, positions_R, rows.counter, vocabulary - 1, num_top)
-        top_RK, pair_R2 = order_statistics.top_normals(*place)
-        others_RK = order_statistics.distinct_ids(*place)
-        ids_R1 = ids_R[:, None]
-        ids_RJ = torch.cat([ids_R1, others_RK + (others_RK >= ids_R1)], dim=1)
-        pieces.append(
-            TopTokens(
-                ids_RJ, *_softmax(gap_R.double(), sigma_R.double(), top_RK, pair_R2, vocabulary)
-            )
-        )
-    return TopTokens(*(torch.cat(x)[: len(rows.ids_R)] for x in zip(*pieces)))
-
-
-def _softmax(
-    gap_R: Tensor, sigma_R: Tensor, top_RK: Tensor, pair_R2: Tensor, vocabulary: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights [R, J], share [R] and spread [R] of `TopTokens`, float64.
-
-    Given the K-th largest noise a, the n others are independent normals below a (order statistics
-    are a Markov chain). Their weights add up to n share with a Gaussian share, kept positive. Given
-    that sum, what is left of their part of x is Gaussian too, of mean n share (mean of their
-    rows) and covariance v (n - 1) / (V - 1) L L^T: the second moment of n rows drawn from V.
-    """
-    bulk = vocabulary - 1 - top_RK.shape[1]
-    own_R1 = gap_R[:, None] + sigma_R[:, None] * pair_R2[:, :1]
-    logits_RJ = torch.cat([own_R1, sigma_R[:, None] * top_RK], dim=1)
-    # a value above all others too: they have smaller noise than the K-th largest
-    shift_R1 = logits_RJ.max(dim=1, keepdim=True).values
-    weights_RJ = torch.exp(logits_RJ - shift_R1)
-    if bulk == 0:
-        zero_R = torch.zeros_like(gap_R)
-        return weights_RJ / weights_RJ.sum(dim=1, keepdim=True), zero_R, zero_R
-    log_mean_R, variance_R = order_statistics.truncated_moments(top_RK[:, -1].contiguous(), sigma_R)
-    mean_R = torch.exp(log_mean_R - shift_R1[:, 0])
-    share_R = mean_R * (1 + (variance_R / bulk).sqrt() * pair_R2[:, 1]).clamp(min=0)
-    spread_R = mean_R * (variance_R * ((bulk - 1) / (vocabulary - 1))).sqrt()
-    total_R = weights_RJ.sum(dim=1) + bulk * share_R
-    weights_RJ = (weights_RJ - share_R[:, None]) / total_R[:, None]
-    return weights_RJ, share_R / total_R, spread_R / total_R
+    for keys_R, positions_R, ids_R, gap_R, sigma_R in zip(
+        *(_pad_rows(field).split(step) for field in fields)
+    ):
+        largest = largest_normals(keys_R, positions_R, rows.counter, vocabulary - 1, num_top)
+        weights = token_weights(gap_R.double(), sigma_R.double(), largest, vocabulary - 1)
+        # id i of the others is token i, or i + 1 from the true token on
+        others_RK = largest.ids_RK + (largest.ids_RK >= ids_R[:, None])
+        pieces.append((torch.cat([ids_R[:, None], others_RK], dim=1), *weights))
+    ids_RJ, *weights = (torch.cat(parts)[: len(rows.ids_R)] for parts in zip(*pieces))
+    return ids_RJ, TokenWeights(*weights)
 
 
 class _SampledEmbedding(torch.autograd.Function):
@@ -241,29 +152,31 @@ class _SampledEmbedding(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, weight_VH, rows, tokens, moments):
-        dtype = _maths_dtype(weight_VH)
-        weights_RJ, share_R, spread_R = (x.to(dtype) for x in tokens[1:])
-        x_RH = _weighted_rows(weight_VH, tokens.ids_RJ, weights_RJ)
+    def forward(ctx, weight_VH, rows, ids_RJ, tokens, moments):
+        dtype = maths_dtype(weight_VH)
+        # the sum over all rows gives every token its share, so these tokens get the rest
+        excess_RJ = (tokens.weights_RJ - tokens.share_R[:, None]).to(dtype)
+        share_R, spread_R = tokens.share_R.to(dtype), tokens.spread_R.to(dtype)
+        x_RH = _weighted_rows(weight_VH, ids_RJ, excess_RJ)
         x_RH.addcmul_(share_R[:, None], moments.sums.to(dtype))
-        if weights_RJ.shape[1] < len(weight_VH):
+        if ids_RJ.shape[1] < len(weight_VH):
             x_RH.addcmul_(spread_R[:, None], _bulk_noise(rows, moments.factor.to(dtype)))
-        ctx.save_for_backward(tokens.ids_RJ, weights_RJ, share_R)
+        ctx.save_for_backward(ids_RJ, excess_RJ, share_R)
         ctx.like = weight_VH.shape, weight_VH.dtype
         return x_RH.to(weight_VH.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dx_RH):
-        ids_RJ, weights_RJ, share_R = ctx.saved_tensors
+        ids_RJ, excess_RJ, share_R = ctx.saved_tensors
         (vocabulary, _), dtype = ctx.like
         dx_RH = dx_RH.to(share_R.dtype).contiguous()
         with torch.autocast(dx_RH.device.type, enabled=False):
             gradient_VH = (share_R @ dx_RH).repeat(vocabulary, 1)
-            step = max(1, GATHERED_VALUES // (ids_RJ.shape[1] * dx_RH.shape[1]))
-            for piece in zip(ids_RJ.split(step), weights_RJ.split(step), dx_RH.split(step)):
+            step = _gathered_rows(ids_RJ, dx_RH)
+            for piece in zip(ids_RJ.split(step), excess_RJ.split(step), dx_RH.split(step)):
                 _add_rows(gradient_VH, *piece)
-        return gradient_VH.to(dtype), None, None, None
+        return gradient_VH.to(dtype), None, None, None, None
 
 
 def _bulk_noise(rows: _Rows, factor_HH: Tensor) -> Tensor:
@@ -279,12 +192,17 @@ def _bulk_noise(rows: _Rows, factor_HH: Tensor) -> Tensor:
     return torch.cat(products)
 
 
+def _gathered_rows(ids_RJ: Tensor, x_RH: Tensor) -> int:
+    values = GATHERED_VALUES if x_RH.device.type == "cpu" else DEVICE_GATHERED_VALUES
+    return max(1, values // (ids_RJ.shape[1] * x_RH.shape[1]))
+
+
 def _weighted_rows(weight_VH: Tensor, ids_RJ: Tensor, weights_RJ: Tensor) -> Tensor:
     """sum_j weights_j E_(ids_j), [R, H] in the weights' dtype."""
     if weight_VH.dtype == weights_RJ.dtype:
         # the gathered rows [R, J, H] never exist
         return F.embedding_bag(ids_RJ, weight_VH, per_sample_weights=weights_RJ, mode="sum")
-    step = max(1, GATHERED_VALUES // (ids_RJ.shape[1] * weight_VH.shape[1]))
+    step = _gathered_rows(ids_RJ, weight_VH)
     sums = [
         torch.bmm(weights_RJ1.mT, weight_VH[ids].to(weights_RJ.dtype))[:, 0]
         for ids, weights_RJ1 in zip(ids_RJ.split(step), weights_RJ[..., None].split(step))
@@ -317,7 +235,7 @@ class _DenseEmbedding(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, weight_VH, rows):
-        dtype = _maths_dtype(weight_VH)
+        dtype = maths_dtype(weight_VH)
         x_RH = torch.empty(
             len(rows.ids_R), weight_VH.shape[1], dtype=dtype, device=weight_VH.device
         )
@@ -387,10 +305,6 @@ def _tile_logits(rows: _Rows, slab: slice, tile: slice, dtype: torch.dtype) -> T
 
 
 # ---- checks ----
-
-
-def _maths_dtype(weight_VH: Tensor) -> torch.dtype:
-    return torch.float64 if weight_VH.dtype == torch.float64 else torch.float32
 
 
 def _check_shapes(

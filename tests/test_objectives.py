@@ -184,6 +184,8 @@ def test_mtp_loss_is_the_mean_over_depths_and_tokens_one_row_at_a_time(depth, af
     torch.manual_seed(0)
     options = {"num_nextn_predict_layers": 1, "mtp_after_norm_f": after_norm}
     model = HybridForCausalLM(HybridConfig(**SIZES, **options)).eval()
+    with torch.no_grad():  # with weights of one, a norm of what is normalised changes nothing
+        model.backbone.norm_f.weight.uniform_(0.2, 2.0)
     batch = pairs()
     # a row whose tokens begin too late for the deeper predictions
     batch["source_ids"][0], batch["source_mask"][0] = 0, 0

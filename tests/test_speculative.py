@@ -1,6 +1,7 @@
 """Speculative decoding: the decision, the cache's way back, whole texts against plain ones."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,11 @@ from tess.backbones.config import HybridConfig
 from tess.kernels import reference
 from tess.kernels.speculative import accept_drafts, draw_tokens, match_drafts
 from tess.kernels.ssd import ssd_advance
+from tess.saving import load_parts
+from tess.tasks import load_task
+from tess.tokenization import encode_sources
+
+SHIPPED = Path(__file__).resolve().parents[1] / "checkpoints" / "default" / "ar"
 
 OPTIONS = {
     "vocab_size": 61, "hidden_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -268,6 +274,45 @@ def test_over_200_prompts_a_text_differs_only_where_two_logits_are_nearly_equal(
             gap = (logits[a[first]] - logits[b[first]]).abs() / logits.std()
             assert gap < near
     assert same >= (199 if dtype == torch.float32 else 100)
+
+
+@torch.no_grad()
+def rounds_by_the_book(model, ids, text, k):
+    """(evaluations, accepted drafts) of one row, each round computed from the text alone."""
+    backbone, embed = model.backbone, model.backbone.embeddings
+    done, forwards, accepted = ids.shape[1] + 1, 1, 0
+    while done < len(text):
+        seen = text[None, :done]
+        out = backbone(seen[:, :-1])
+        state, tokens, drafts = model.mtp_input(out), seen[:, 1:], []
+        for _ in range(k):
+            # with its own output for the tokens it drafted, the backbone's state for all others
+            own = model.mtp(embed(tokens), state)[:, -1:]
+            drafts.append(model.lm_head(own)[0, 0].float().argmax())
+            state = torch.cat([state, own], dim=1)
+            tokens = torch.cat([tokens, drafts[-1].view(1, 1)], dim=1)
+        rest = text[done : done + k]
+        right = sum((torch.stack(drafts[: len(rest)]) == rest).long().cumprod(0)).item()
+        accepted, done, forwards = accepted + right, done + right + 1, forwards + 1
+    return forwards, accepted
+
+
+@pytest.mark.parametrize(("k", "after_norm"), [(1, True), (4, True), (4, False)])
+def test_drafts_are_those_of_the_predictor_over_the_whole_text(k, after_norm):
+    parts = load_parts(SHIPPED, torch.float64)  # a trained one: right often, and not always
+    model, tokenizer = parts.model, parts.tokenizer
+    model.config.mtp_after_norm_f = after_norm
+    sources = [example.source for example in load_task("simplification", "test")[:6]]
+    share = []
+    for row in encode_sources(tokenizer, sources, 80, False):
+        ids = torch.tensor([row])
+        plain, drafted = plain_and_drafted(
+            model, ids, torch.ones_like(ids), k, eos_token_id=None, max_new_tokens=30
+        )
+        want = rounds_by_the_book(model, ids, plain[0], k)
+        assert (int(drafted.num_forwards), int(drafted.num_accepted)) == want
+        share.append(want[1] / (k * (want[0] - 1)))
+    assert 0.1 < sum(share) / len(share) < 1
 
 
 class ByRow(LogitsProcessor):

@@ -28,7 +28,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("source", type=Path, metavar="SOURCE", help="checkpoint folder to read")
-    add("target", type=Path, metavar="TARGET", help="folder to write; a checkpoint there goes")
+    add("target", type=Path, metavar="TARGET", help="folder to write; replaces a checkpoint")
     add("--to", choices=("tess", "released"), default="tess", help="(default: %(default)s)")
     add("--dtype", choices=DTYPES, help="of the pipeline's weights (default: as stored)")
     add("--tokenizer", metavar="DIR", help="of the pipeline, if SOURCE has none")

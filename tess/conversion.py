@@ -62,7 +62,8 @@ def causal_to_tess(
         raise UserError(f"{source} is no causal checkpoint; expected its config.json and weights")
     _check_target(source, target)
     try:
-        was = _causal_config(source)
+        was, names = _causal_config(source), tensor_names(source)
+        was.tie_word_embeddings = was.tie_word_embeddings and "lm_head.weight" not in names
         fields = own_fields(was)
         fields |= {"mamba_direction": "gated", "num_nextn_predict_layers": 0}
         config = TessConfig(
@@ -85,7 +86,7 @@ def causal_to_tess(
     scheduler = RenoisingScheduler(simplex_value=config.simplex_value)
     with replaced_folder(target) as folder:
         save_parts(Parts(model, given, scheduler), folder)
-    has_mtp = any(name.startswith("mtp.") for name in tensor_names(source))
+    has_mtp = any(name.startswith("mtp.") for name in names)
     left_out = ["the multi-token predictor (mtp.*)"] if has_mtp else []
     if (source / GENERATION_FILE).is_file():
         left_out.append(f"the generation settings ({GENERATION_FILE})")

@@ -119,6 +119,15 @@ def test_a_folder_trained_here_is_converted_too(tmp_path, released, capsys):
     assert torch.equal(again(ids).logits, model(ids).logits) and again.mtp is not None
 
 
+def test_a_stored_head_is_converted_whatever_the_config_says_about_tying(released, tmp_path):
+    shutil.copytree(released, tmp_path / "says")
+    path = tmp_path / "says" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tie_word_embeddings": True}))
+    causal_to_tess(tmp_path / "says", tmp_path / "tess")
+    head = load_parts(tmp_path / "tess", dtype=None).model.lm_head.weight
+    assert torch.equal(head, load_released(released).lm_head.weight)
+
+
 def test_what_cannot_be_converted_is_one_sentence(released, tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "notes").mkdir()

@@ -1,8 +1,8 @@
 """Folders in the layout of NVIDIA's releases: `model_type: nemotron_h`, config.json, safetensors.
 
 Reading takes old and new spellings, either expert layout, and the multi-token predictor (`mtp.*`).
-Writing gives the released names, one tensor per expert unless asked otherwise, so that
-transformers and inference engines read the result.
+Writing gives the released names, one tensor per expert unless asked otherwise; transformers reads
+the result.
 """
 
 import json

@@ -87,7 +87,6 @@ class _Rival:
     def __init__(self, decoder: ArDecoder) -> None:
         self.model = rival_model(decoder.model)
         self.tokenizer = decoder.tokenizer
-        self.num_new_tokens = _most_tokens(decoder.model)
 
 
 def rival_model(model: HybridForCausalLM) -> nn.Module:

@@ -36,9 +36,7 @@ def causal_conv1d(
     return F.silu(out)
 
 
-def behind_padding(
-    x_BLD: Tensor, window_BKD: Tensor, real_BL: Tensor
-) -> tuple[Tensor, Tensor]:
+def behind_padding(x_BLD: Tensor, window_BKD: Tensor, real_BL: Tensor) -> tuple[Tensor, Tensor]:
     """Block and window with the window's K-1 inputs just before each row's first real position.
 
     Where a row begins with padding, what came before the block would else be separated from it.

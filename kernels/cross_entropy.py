@@ -38,8 +38,9 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     reduction: str = "mean",
+    return_token_losses: bool = False,
     slab_bytes: int = SLAB_BYTES,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Cross-entropy of softmax(hidden W^T) with the tokens' ids, in nats.
 
     Args:
@@ -51,6 +52,8 @@ def linear_cross_entropy(
         label_smoothing: s in [0, 1], the target's share that is spread over all V tokens.
         reduction: "mean" divides by the sum of the weights of the rows that count, and the mean of
             nothing is 0, with gradients of zeros; "sum"; "none" gives weighted losses [T].
+        return_token_losses: beside the mean or sum give the weighted losses [T] without gradient,
+            which costs nothing.
         slab_bytes: bounds one slab of logits, at least one row. Products below float32 need a
             second slab in their own dtype.
 
@@ -74,12 +77,15 @@ def linear_cross_entropy(
         )
     if reduction == "none":
         losses_N = _EachLoss.apply(hidden_NH, weight_VH, ids_N, factors_N, settings)
-        return losses_N.new_zeros(len(ids_T)).index_copy(0, rows_N, losses_N)
-    total = _SummedLoss.apply(hidden_NH, weight_VH, ids_N, factors_N, settings)
-    if reduction == "sum":
+        losses_T = losses_N.new_zeros(len(ids_T)).index_copy(0, rows_N, losses_N)
+        return (losses_T, losses_T.detach()) if return_token_losses else losses_T
+    total, losses_N = _SummedLoss.apply(hidden_NH, weight_VH, ids_N, factors_N, settings)
+    if reduction == "mean":
+        # the division comes last, so that narrow dtypes hold gradients of order 1 until the end
+        total = total / (factors_N.sum() if len(rows_N) else 1)
+    if not return_token_losses:
         return total
-    # the division comes last, so that narrow dtypes hold gradients of order 1 until the end
-    return total / (factors_N.sum() if len(rows_N) else 1)
+    return total, losses_N.new_zeros(len(ids_T)).index_copy(0, rows_N, losses_N)
 
 
 def _check(
@@ -126,11 +132,12 @@ class _SummedLoss(torch.autograd.Function):
         losses_N, *gradients = _sweep(hidden_NH, weight_VH, ids_N, factors_N, settings, needs)
         ctx.dtypes = hidden_NH.dtype, weight_VH.dtype
         ctx.save_for_backward(*gradients)
-        return losses_N.sum()
+        ctx.mark_non_differentiable(losses_N)
+        return losses_N.sum(), losses_N
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx, grad, _):
         # not in place: a graph that is kept may be run again
         scaled = [None if g is None else g * grad for g in ctx.saved_tensors]
         return *_cast(scaled, ctx.dtypes), None, None, None

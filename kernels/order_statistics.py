@@ -192,6 +192,20 @@ def token_weights(
 
 
 @torch.no_grad()
+def embedding_sums(weight_VH: Tensor, power: int = 1) -> Tensor:
+    """The sum of E's rows or of their squares (power 1 or 2), [H] float64.
+
+    Tiles are summed in float32 (float64 if E is).
+    """
+    dtype = maths_dtype(weight_VH)
+    sums_H = torch.zeros(weight_VH.shape[1], dtype=torch.float64, device=weight_VH.device)
+    for tile_TH in weight_VH.detach().split(MOMENT_TILE):
+        tile_TH = tile_TH.to(dtype)
+        sums_H += (tile_TH if power == 1 else tile_TH.square()).sum(0)
+    return sums_H
+
+
+@torch.no_grad()
 def embedding_moments(weight_VH: Tensor) -> EmbeddingMoments:
     """Sum and centred second moment of E's rows, in vocabulary tiles; float64 if E is, or float32.
 
@@ -200,17 +214,37 @@ def embedding_moments(weight_VH: Tensor) -> EmbeddingMoments:
     operations; ValueError if E is not finite.
     """
     dtype, width = maths_dtype(weight_VH), weight_VH.shape[1]
-    tiles = weight_VH.detach().split(MOMENT_TILE)
-    sums_H = torch.zeros(width, dtype=torch.float64, device=weight_VH.device)
-    for tile_TH in tiles:
-        sums_H += tile_TH.to(dtype).sum(0)
+    sums_H = embedding_sums(weight_VH)
     mean_H = (sums_H / len(weight_VH)).to(dtype)
     second_HH = sums_H.new_zeros(width, width)
     with torch.autocast(weight_VH.device.type, enabled=False):
-        for tile_TH in tiles:
+        for tile_TH in weight_VH.detach().split(MOMENT_TILE):
             centred_TH = tile_TH.to(dtype) - mean_H
             second_HH += centred_TH.T @ centred_TH
     return EmbeddingMoments(sums_H.to(dtype), _cholesky(second_HH).to(dtype))
+
+
+class MomentsCache:
+    """The moments of an embedding matrix, computed again only after it has changed.
+
+    The sums of its columns and of their squares tell, by their bits: they cost two passes over E,
+    the second moment H. So the moments are those of the matrix as it is, in training and in
+    sampling, however it was changed, and nothing of them has to be saved with a run. (The squares
+    are there because a softmax head's gradient leaves the sums where they are.)
+    """
+
+    def __init__(self) -> None:
+        self._seen_2H: Tensor | None = None
+        self._moments: EmbeddingMoments | None = None
+
+    def of(self, weight_VH: Tensor) -> EmbeddingMoments:
+        """As `embedding_moments`."""
+        seen_2H = torch.stack([embedding_sums(weight_VH), embedding_sums(weight_VH, power=2)])
+        known = self._seen_2H
+        same = known is not None and known.device == seen_2H.device and known.equal(seen_2H)
+        if not same or self._moments.factor.dtype != maths_dtype(weight_VH):
+            self._moments, self._seen_2H = embedding_moments(weight_VH), seen_2H
+        return self._moments
 
 
 def _cholesky(second_HH: Tensor) -> Tensor:

@@ -19,6 +19,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from tess.schedulers.density import TableDensity
+
 # Equal steps converge faster than any power of the step for this integrand: these give it to 1e-14
 # up to V = 10^7. 256 nodes of Gauss-Hermite leave 3e-6 at 10^6, and numpy has no weights for 400.
 INTEGRAL_LIMIT = 10.0
@@ -63,33 +65,49 @@ def time_of_recoverability(
     wanted = torch.as_tensor(probability, dtype=torch.float64)
     if not ((wanted >= 0) & (wanted <= 1)).all():
         raise ValueError("probability must be in [0, 1]")
-    early, late = torch.zeros_like(wanted), torch.ones_like(wanted)
-    for _ in range(BISECTIONS):
-        middle = (early + late) / 2
-        above = recoverability(alpha_bar_function(middle), vocab_size) >= wanted
-        early, late = torch.where(above, middle, early), torch.where(above, late, middle)
-    return early  # 60 halvings of a distance to 1 are exactly 1 in float64
+    return _latest(lambda t: recoverability(alpha_bar_function(t), vocab_size), wanted)
 
 
 def recoverability_grid(
-    num_steps: int, alpha_bar_function: Callable[[Tensor], Tensor], vocab_size: int
+    num_steps: int,
+    alpha_bar_function: Callable[[Tensor], Tensor],
+    vocab_size: int,
+    uniform_share: float = 0.0,
 ) -> Tensor:
     """N times [N] in float64, falling from exactly 1, at equal steps of recoverability.
 
     Time i has recoverability c + (1 - c) i/N with c that at t = 1, as the uniform grid has times
-    1 - i/N: the step after the last time lands on the clean text.
-    Raises ValueError for num_steps below 1.
+    1 - i/N: the step after the last time lands on the clean text. With `uniform_share` u the steps
+    are equal in (1 - u) (recoverability - c) / (1 - c) + u (1 - t) instead, the distribution of
+    `RecoverabilityDensity`; u = 1 is the uniform grid.
+    Raises ValueError for num_steps below 1 and for shares outside [0, 1].
     """
     if num_steps < 1:
         raise ValueError(f"num_steps must be at least 1, got {num_steps}")
-    share = torch.arange(num_steps, dtype=torch.float64) / num_steps
+    if not 0 <= uniform_share <= 1:
+        raise ValueError(f"uniform_share must be in [0, 1], got {uniform_share}")
     chance = recoverability(alpha_bar_function(torch.ones((), dtype=torch.float64)), vocab_size)
-    times_N = time_of_recoverability(chance + (1 - chance) * share, alpha_bar_function, vocab_size)
+
+    def done(times: Tensor) -> Tensor:
+        told = recoverability(alpha_bar_function(times), vocab_size)
+        return torch.lerp((told - chance) / (1 - chance), 1 - times, uniform_share)
+
+    times_N = _latest(done, torch.arange(num_steps, dtype=torch.float64) / num_steps)
     times_N[0] = 1.0
     return times_N
 
 
-class RecoverabilityDensity:
+def _latest(falling: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
+    """The latest times in [0, 1] at which the falling function has at least the values."""
+    early, late = torch.zeros_like(values), torch.ones_like(values)
+    for _ in range(BISECTIONS):
+        middle = (early + late) / 2
+        above = falling(middle) >= values
+        early, late = torch.where(above, middle, early), torch.where(above, late, middle)
+    return early  # 60 halvings of a distance to 1 are exactly 1 in float64
+
+
+class RecoverabilityDensity(TableDensity):
     """A density of training times on (0, 1]: equal mass for equal steps of recoverability.
 
     `uniform_share` of the mass is uniform in t instead, because generation starts at pure noise and
@@ -112,26 +130,7 @@ class RecoverabilityDensity:
         times = torch.linspace(0, 1, cells + 1, dtype=torch.float64)
         recovered = recoverability(alpha_bar_function(times), vocab_size)
         lost = (recovered[0] - recovered) / (recovered[0] - recovered[-1])
-        self.cumulative = torch.lerp(lost, times, uniform_share)
-        self.cells = cells
-
-    def sample(self, uniforms: Tensor) -> Tensor:
-        """Times at which the distribution function has the values `uniforms` in [0, 1].
-
-        Same shape, dtype and device. They rise with the uniforms and are at least 1e-6, as the
-        times of `tess.objectives.sample_timesteps` are.
-        """
-        table = self.cumulative.to(uniforms.device)
-        level = uniforms.double()
-        cell = (torch.searchsorted(table, level, right=True) - 1).clamp(0, self.cells - 1)
-        inside = (level - table[cell]) / (table[cell + 1] - table[cell])
-        return ((cell + inside) / self.cells).clamp(1e-6, 1.0).to(uniforms.dtype)
-
-    def pdf(self, times: Tensor) -> Tensor:
-        """The density at times in [0, 1]; same shape, dtype and device. Its integral is 1."""
-        heights = (self.cumulative.diff() * self.cells).to(times.device)
-        cell = (times.double() * self.cells).ceil().long() - 1
-        return heights[cell.clamp(0, self.cells - 1)].to(times.dtype)
+        super().__init__(torch.lerp(lost, times, uniform_share))
 
 
 def auto_simplex_value(vocab_size: int) -> float:

@@ -5,27 +5,37 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 
 import torch
 from torch import Tensor
 
 from tess.kernels import random
+from tess.kernels.order_statistics import EmbeddingMoments
+from tess.kernels.simplex_embedding import NOISES, simplex_embedding
+
+NUM_TOP = 32
+"""Noises of a position that are drawn exactly: twice the 16 that already pass every test of the
+law (docs/proof.md), for a quarter more time."""
 
 
 class Simplex(ABC):
     """What a denoiser reads of a noised simplex x."""
 
+    needs_moments = False
+    """Whether `embedding` is faster when it is given the matrix's moments."""
+
     @abstractmethod
     def logits(self) -> Tensor:
         """x itself, [B, L, V] in float32."""
 
+    @abstractmethod
+    def embedding(self, weight_VH: Tensor, moments: EmbeddingMoments | None = None) -> Tensor:
+        """The expected embedding softmax(x) W, [B, L, H] in W's dtype; W receives gradients."""
+
     def probabilities(self) -> Tensor:
         """softmax of the simplex over the vocabulary, [B, L, V] in float32."""
         return self.logits().softmax(dim=-1)
-
-    def embedding(self, weight_VH: Tensor) -> Tensor:
-        """The expected embedding softmax(x) W, [B, L, H] in W's dtype; W receives gradients."""
-        return self.probabilities().to(weight_VH.dtype) @ weight_VH
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,14 +49,20 @@ class DenseSimplex(Simplex):
         """The values in float32."""
         return self.values.float()
 
+    def embedding(self, weight_VH: Tensor, moments: EmbeddingMoments | None = None) -> Tensor:
+        """softmax(x) W by one product; moments have no part in it."""
+        return self.probabilities().to(weight_VH.dtype) @ weight_VH
+
 
 @dataclass(frozen=True, eq=False)
 class NoisedSimplex(Simplex):
     """x = signal_scale S(ids) + noise_scale k eps, with S(w) = +k at token w and -k elsewhere.
 
-    With `keys` the noise eps is counter-based: its value at (example, position, token) follows from
-    the example's key and `counter` alone, whatever the batch and the padded length. With `noise` it
-    is the given tensor, which is what training uses (torch's own generator is faster).
+    The noise eps is counter-based: what belongs to (example, position) follows from the example's
+    key and `counter` alone, whatever the batch and the padded length. No tensor with a vocabulary
+    dimension exists unless `logits` is called.
+
+    Raises ValueError for shapes, scales and settings that do not fit.
     """
 
     token_ids: Tensor
@@ -62,14 +78,21 @@ class NoisedSimplex(Simplex):
     """k."""
 
     vocab_size: int
-    keys: Tensor | None = None
+
+    keys: Tensor
     """[B] int64, one per example."""
 
     counter: int = 0
     """Which of the keys' draws this is; the sampler counts its steps here."""
 
-    noise: Tensor | None = None
-    """[B, L, V] float32 standard normals; then keys are not needed."""
+    noise: str = "order_statistics"
+    """How eps is drawn: "order_statistics" draws what the embedding needs of it, in time that does
+    not grow with V; "dense" draws all of it, as TESS does. The two have the same law, but not the
+    same values, and only the dense one has logits."""
+
+    num_top: int = NUM_TOP
+    """Order statistics that are drawn exactly; with V - 1, the most there are, nothing is
+    approximate, and a larger number means that one."""
 
     def __post_init__(self) -> None:
         batch, length = self.token_ids.shape
@@ -79,12 +102,14 @@ class NoisedSimplex(Simplex):
                 raise ValueError(
                     f"{name} must be [{batch}, 1] or [{batch}, {length}], got {list(shape)}"
                 )
-        if (self.keys is None) == (self.noise is None):
-            raise ValueError("a noised simplex needs either keys or a noise tensor, not both")
-        if self.keys is not None and self.keys.shape != (batch,):
+        if self.keys.shape != (batch,):
             raise ValueError(f"keys must be [{batch}], got {list(self.keys.shape)}")
-        if self.noise is not None and tuple(self.noise.shape) != self.shape:
-            raise ValueError(f"noise must be {list(self.shape)}, got {list(self.noise.shape)}")
+        check_noise(self.noise, self.num_top)
+
+    @property
+    def needs_moments(self) -> bool:
+        """True for order statistics."""
+        return self.noise == "order_statistics"
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -95,19 +120,45 @@ class NoisedSimplex(Simplex):
     def device(self) -> torch.device:
         return self.token_ids.device
 
+    def uniforms(self) -> Tensor:
+        """[B, L] numbers in [0, 1), apart from the noise: what a sampler chooses tokens with."""
+        return random.uniform(self.keys, self.counter, self.token_ids.shape[1])
+
     @torch.no_grad()
     def logits(self) -> Tensor:
-        """The dense simplex [B, L, V] in float32."""
-        noise_BLV = self.noise
-        if noise_BLV is None:
-            noise_BLV = random.normal(
-                self.keys, self.counter, self.token_ids.shape[1], self.vocab_size
+        """The dense simplex [B, L, V] in float32.
+
+        Raises ValueError for order statistics, which leave most of the noise undrawn.
+        """
+        if self.noise != "dense":
+            raise ValueError(
+                f'the whole simplex exists only with noise="dense", got noise={self.noise!r}'
             )
-        signal_BL1 = (self.signal_scale.float() * self.simplex_value).unsqueeze(-1)
-        scale_BL1 = (self.noise_scale.float() * self.simplex_value).unsqueeze(-1)
-        x_BLV = (noise_BLV.float() * scale_BL1).sub_(signal_BL1)
-        ids_BL1 = self.token_ids.unsqueeze(-1)
-        return x_BLV.scatter_add_(-1, ids_BL1, (2 * signal_BL1).expand(*ids_BL1.shape))
+        noise_BLV = random.normal(self.keys, self.counter, self.token_ids.shape[1], self.vocab_size)
+        scales = (self.signal_scale, self.noise_scale)
+        return dense_logits(self.token_ids, *scales, self.simplex_value, noise_BLV)
+
+    def embedding(self, weight_VH: Tensor, moments: EmbeddingMoments | None = None) -> Tensor:
+        """softmax(x) W [B, L, H] in W's dtype, computed in float32.
+
+        moments: of W, for order statistics; computed here when None, which reads all of W.
+        """
+        if len(weight_VH) != self.vocab_size:
+            raise ValueError(
+                f"the embedding must have {self.vocab_size} rows, as the simplex has, "
+                f"got {len(weight_VH)}"
+            )
+        return simplex_embedding(
+            self.token_ids,
+            self.signal_scale * self.simplex_value,
+            self.noise_scale * self.simplex_value,
+            weight_VH,
+            keys_B=self.keys,
+            counter=self.counter,
+            noise=self.noise,
+            num_top=min(self.num_top, self.vocab_size - 1),
+            moments=moments,
+        )
 
     def select(self, rows: Tensor | Sequence[int]) -> "NoisedSimplex":
         """The examples `rows` (int64 indices or a bool mask over B), in that order."""
@@ -117,6 +168,36 @@ class NoisedSimplex(Simplex):
             token_ids=self.token_ids[rows],
             signal_scale=self.signal_scale[rows],
             noise_scale=self.noise_scale[rows],
-            keys=None if self.keys is None else self.keys[rows],
-            noise=None if self.noise is None else self.noise[rows],
+            keys=self.keys[rows],
         )
+
+
+def check_noise(noise: str, num_top: int) -> None:
+    """Raises ValueError for an unknown way to draw noise, and for fewer than one exact value."""
+    if noise not in NOISES:
+        raise ValueError(f"noise must be one of {', '.join(NOISES)}, got {noise!r}")
+    if not isinstance(num_top, Integral) or num_top < 1:
+        raise ValueError(f"num_top must be an integer of at least 1, got {num_top}")
+
+
+def dense_logits(
+    token_ids: Tensor,
+    signal_scale: Tensor,
+    noise_scale: Tensor,
+    simplex_value: float,
+    noise: Tensor,
+) -> Tensor:
+    """signal_scale S(ids) + noise_scale k eps, [B, L, V] in float32.
+
+    token_ids: [B, L]. Scales: [B, 1] or [B, L]. noise: eps, [B, L, V].
+    Raises ValueError for ids outside the vocabulary.
+    """
+    if token_ids.numel():
+        low, high = int(token_ids.min()), int(token_ids.max())
+        if low < 0 or high >= noise.shape[-1]:
+            raise ValueError(f"token ids must be in 0..{noise.shape[-1] - 1}, got {low}..{high}")
+    signal_BL1 = (signal_scale.float() * simplex_value).unsqueeze(-1)
+    scale_BL1 = (noise_scale.float() * simplex_value).unsqueeze(-1)
+    x_BLV = (noise.float() * scale_BL1).sub_(signal_BL1)
+    ids_BL1 = token_ids.unsqueeze(-1)
+    return x_BLV.scatter_add_(-1, ids_BL1, (2 * signal_BL1).expand(*ids_BL1.shape))

@@ -6,15 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tess.benchmark_decoding import benchmark_decoding, format_decoding
+from tess.benchmark_law import benchmark_law, format_law
 from tess.benchmark_loading import benchmark_loading, format_loading
+from tess.benchmark_vocabulary import PARTS, benchmark_vocabulary, format_vocabulary
 from tess.benchmarks import benchmark_backbone, format_table
 from tess.cli import default_checkpoint, run
 from tess.errors import UserError
 
 JSON_KEYS = """\
 --json FILE writes one object; its keys are stable:
-  benchmark             "backbone", "decoding" or "loading"
-  rival                 what it is compared with (backbone, decoding)
+  benchmark             "backbone", "decoding", "loading", "vocabulary" or "law"
+  rival                 what it is compared with (backbone, decoding, vocabulary)
   environment           date, processor, threads, python, torch, transformers
   rows                  a list with an object per line of the table
 backbone:
@@ -50,6 +52,33 @@ loading:
       peak              most resident bytes while reading, mapped files included, less those before
       peak_share        peak / tensor_bytes
       seconds           of one read, files in the page cache
+vocabulary:
+  pattern, hidden_size, batch, length, source, dtype, seed
+                        what was run; length and source in tokens
+  of each row:
+      part              "embedding", "training" or "denoising"
+      vocab_size        V
+      num_top           K, order statistics drawn exactly (embedding)
+      ours_us, rival_us medians in microseconds per position (embedding)
+      ours_ms, rival_ms, ratio, ratio_q1, ratio_q3, pairs
+                        of a step, as above
+      ours_peak, rival_peak, peak_ratio
+                        most bytes beyond those before the step; null outside Linux
+      products_ms, of_products
+                        the two bare products with the vocabulary, and ours_ms / products_ms
+                        (denoising)
+law:
+  embedding, vocab_size, width, simplex_value, token, n, seed
+                        what was drawn: n samples a side of one noised token
+  of each row:
+      time, sigma       of the schedule, and the noise times the simplex value
+      sampler           compared with dense samples: "dense" (others of them), "K=N", or one that
+                        leaves something out
+      ks, ks_share      largest Kolmogorov-Smirnov statistic; the same over its bound
+      energy            energy distance in standard deviations of its null
+      accuracy, accuracy_deviations
+                        of a classifier on held-out samples, 0.5 is chance
+      rejected          whether any statistic is beyond its bound
 """
 
 
@@ -97,7 +126,35 @@ def make_parser() -> argparse.ArgumentParser:
     )
     loading.add_argument("--megabytes", type=positive, default=400, help="(default: 400)")
     loading.add_argument("--shard_megabytes", type=positive, default=100, help="(default: 100)")
-    for command in (backbone, decoding, loading):
+
+    vocabulary = commands.add_parser(
+        "vocabulary", help="noised simplex and whole steps against materialised tensors", **layout
+    )
+    vocabulary.add_argument(
+        "--parts", choices=PARTS, nargs="+", default=list(PARTS), help="(default: all)"
+    )
+    vocabulary.add_argument(
+        "--vocab_size", type=positive, nargs="+", default=[8_192, 32_768, 131_072],
+        help="(default: 8192 32768 131072)",
+    )  # fmt: skip
+    vocabulary.add_argument("--repeats", type=positive, default=5, help="pairs (default: 5)")
+    vocabulary.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32",
+        help="of the steps, bfloat16 by autocast (default: float32)",
+    )  # fmt: skip
+    vocabulary.add_argument("--seed", type=int, default=0, help="weights and data (default: 0)")
+
+    law = commands.add_parser(
+        "law", help="order statistics against dense noise, by two-sample tests", **layout
+    )
+    law.add_argument("--embedding", type=Path, help="safetensors file or checkpoint folder")
+    law.add_argument(
+        "--vocab_size", type=positive, default=131_072, help="without it (default: 131072)"
+    )
+    law.add_argument("--width", type=positive, default=128, help="without it (default: 128)")
+    law.add_argument("--n", type=positive, default=2_048, help="samples a side (default: 2048)")
+    law.add_argument("--seed", type=int, default=0, help="(default: 0)")
+    for command in (backbone, decoding, loading, vocabulary, law):
         command.add_argument("--json", type=Path, help="also write all figures here, see below")
     return parser
 
@@ -120,9 +177,19 @@ def main(argv: Sequence[str] | None = None) -> None:
             dtype=args.dtype,
         )
         table = format_decoding(result)
-    else:
+    elif args.command == "loading":
         result = benchmark_loading(args.megabytes, args.shard_megabytes)
         table = format_loading(result)
+    elif args.command == "vocabulary":
+        result = benchmark_vocabulary(
+            args.vocab_size, args.parts, args.repeats, args.dtype, args.seed
+        )
+        table = format_vocabulary(result)
+    else:
+        result = benchmark_law(
+            args.vocab_size, args.width, embedding=args.embedding, n=args.n, seed=args.seed
+        )
+        table = format_law(result)
     print(table)
     if args.json is not None:
         args.json.write_text(json.dumps(result, indent=2) + "\n")

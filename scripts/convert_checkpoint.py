@@ -32,7 +32,10 @@ def make_parser() -> argparse.ArgumentParser:
     add("--to", choices=("tess", "released"), default="tess", help="(default: %(default)s)")
     add("--dtype", choices=DTYPES, help="of the pipeline's weights (default: as stored)")
     add("--tokenizer", metavar="DIR", help="of the pipeline, if SOURCE has none")
-    add("--simplex_value", type=float, metavar="K", help="of the pipeline (default: 5)")
+    add(
+        "--simplex_value", type=float, metavar="K",
+        help="of the pipeline (default: (ln vocab_size - 0.82) / 2)",
+    )  # fmt: skip
     add("--max_source_length", type=int, metavar="N", help="of the pipeline, tokens (default: 256)")
     add("--max_target_length", type=int, metavar="N", help="of the pipeline, tokens (default: 128)")
     add("--expert_layout", choices=EXPERT_LAYOUTS, help="of --to released (default: per_expert)")

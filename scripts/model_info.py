@@ -38,7 +38,7 @@ JSON_KEYS = """\
     weight_bytes             all weights in bfloat16, the multi-token predictor's too
     gpu_memory_bytes         of the GPU
     weights_fit              whether they are fewer than that
-    vocabulary_tensor_bytes  one [batch, target, vocabulary] float32 tensor; not in the times
+    vocabulary_tensor_bytes  one [batch, target, vocabulary] float32 tensor, none of which is made
     ar_step, mtp_round, denoise_step   objects with seconds, bytes, flops and bound ("memory" or
                              "compute", of a round that of its longest pass); for the whole batch,
                              ar_step and mtp_round at the context that the source leaves
@@ -131,8 +131,8 @@ def _times(found: dict[str, Any]) -> str:
         how = f"{target} tokens by MTP, at an assumed {work['acceptance']:g} a round"
         lines.append(_writing(how, found["mtp_seconds"], found["break_even_mtp"]))
     lines.append(
-        "    not counted: activations (one tensor over the vocabulary is "
-        f"{found['vocabulary_tensor_bytes'] / 1e9:.2g} GB), launches, reading the source"
+        "    not counted: activations, launches, reading the source; not there: tensors over the "
+        f"vocabulary, {found['vocabulary_tensor_bytes'] / 1e9:.2g} GB each"
     )
     return "\n".join(lines)
 

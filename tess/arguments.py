@@ -21,6 +21,10 @@ from transformers import HfArgumentParser
 from tess.backbones.config import HybridConfig
 from tess.backbones.presets import PRESETS
 from tess.errors import UserError
+from tess.kernels.simplex_embedding import NOISES
+from tess.schedulers.presets import SCHEDULER_PRESETS
+from tess.schedulers.renoising import SPACINGS
+from tess.schedulers.simplex import NUM_TOP
 
 
 def _option(default: Any, help: str, **more: Any) -> Any:
@@ -133,11 +137,44 @@ CHANGEABLE = {"mamba_direction", "mtp_hybrid_override_pattern"}
 class DiffusionArguments:
     """The diffusion process and the denoiser (objective tess).
 
-    None is the value of the checkpoint that `init_from` names, else the standard one.
+    None is the value of the checkpoint that `init_from` names, else the preset's or the standard
+    one.
     """
 
-    simplex_value: float | None = _option(
-        None, "k: a token is +k on its own coordinate and -k elsewhere."
+    diffusion_preset: str | None = _option(
+        None,
+        "Settings of the process by name: vocab_aware (simplex value, training times and sampling "
+        "steps follow the vocabulary) or tess (as published); given flags win (default: that of "
+        "the --init_from checkpoint, else vocab_aware).",
+        choices=list(SCHEDULER_PRESETS),
+    )
+    simplex_value: str | None = _option(
+        None,
+        "k, a token being +k on its own coordinate and -k elsewhere; a number, or auto for "
+        "(ln vocab_size - 0.82) / 2.",
+    )
+    timestep_density: str | None = _option(
+        None,
+        "Density of training times: recoverability (equal mass for equal steps of the chance to "
+        "tell the noised token), uniform, or learned (for equal steps of the loss, CDCD).",
+        choices=[*SPACINGS, "learned"],
+    )
+    timestep_spacing: str | None = _option(
+        None, "Spacing of sampling steps: recoverability or uniform.", choices=list(SPACINGS)
+    )
+    timestep_uniform_share: float | None = _option(
+        None,
+        "Share of training times and sampling steps that stays uniform in time where they follow "
+        "recoverability or a learned density, in (0, 1] (default: 0.5).",
+    )
+    noise: str | None = _option(
+        None,
+        "How noise is drawn: order_statistics, whose cost does not grow with the vocabulary, or "
+        "dense, the reference, which draws all of it.",
+        choices=list(NOISES),
+    )
+    num_top: int | None = _option(
+        None, f"Order statistics that are drawn exactly (default: {NUM_TOP})."
     )
     num_diffusion_steps: int | None = _option(
         None,
@@ -210,24 +247,45 @@ class DiffusionArguments:
     def denoiser_overrides(self) -> dict[str, Any]:
         """The denoiser config's fields that were set."""
         names = [
-            "simplex_value", "source_encoding", "label_shift", "self_conditioning",
+            "source_encoding", "label_shift", "self_conditioning",
             "self_conditioning_mix", "self_conditioning_zeros_after_softmax",
             "self_conditioning_mlp", "deepmind_conditional", "num_source_positions",
             "num_target_positions", "pad_loss_weight",
         ]  # fmt: skip
         chosen = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if self.simplex_value is not None:
+            chosen["simplex_value"] = self._simplex_value()
+        elif self.diffusion_preset is not None:
+            chosen["simplex_value"] = SCHEDULER_PRESETS[self.diffusion_preset]["simplex_value"]
         if chosen.get("self_conditioning") == "none":
             chosen["self_conditioning"] = None
         return chosen
 
+    def _simplex_value(self) -> float | str:
+        if self.simplex_value == "auto":
+            return "auto"
+        try:
+            return float(self.simplex_value)
+        except ValueError:
+            raise UserError(
+                f"simplex_value must be a number or auto, got {self.simplex_value!r}"
+            ) from None
+
     def scheduler_overrides(self) -> dict[str, Any]:
-        """The scheduler's settings that were set."""
+        """The scheduler's settings that were set, by the preset or one by one."""
+        learned = self.timestep_density == "learned"  # it starts as the density it departs from
         names = {
             "num_train_timesteps": self.num_diffusion_steps,
             "beta_schedule": self.beta_schedule,
             "cosine_s": self.cosine_s,
+            "timestep_spacing": self.timestep_spacing,
+            "timestep_density": "recoverability" if learned else self.timestep_density,
+            "timestep_uniform_share": self.timestep_uniform_share,
+            "noise": self.noise,
+            "num_top": self.num_top,
         }
-        return {name: value for name, value in names.items() if value is not None}
+        preset = SCHEDULER_PRESETS.get(self.diffusion_preset or "", {})
+        return preset | {name: value for name, value in names.items() if value is not None}
 
 
 @dataclass
@@ -473,6 +531,7 @@ def _check(settings: Settings) -> None:
     if model.preset and model.preset not in PRESETS:
         raise UserError(_unknown(model.preset, list(PRESETS), "preset"))
     _check_causal(settings)
+    settings.diffusion.denoiser_overrides()  # names a simplex value that is no number
     for name in ("max_source_length", "max_target_length"):
         if getattr(data, name) < 3:
             raise UserError(

@@ -6,6 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from tess.backbones.config import HybridConfig
+from tess.schedulers.renoising import resolve_simplex_value
 
 SOURCE_ENCODINGS = ("causal", "bidirectional", "joint")
 CONCATENATING = ("logits", "logits_with_projection")
@@ -26,7 +27,8 @@ class TessConfig(PreTrainedConfig):
 
     Args:
         backbone_config: a `HybridConfig` or its dict.
-        simplex_value: k; a token is +k on its own coordinate and -k on every other one.
+        simplex_value: k; a token is +k on its own coordinate and -k on every other one. "auto" is
+            (ln V - 0.82) / 2, and kept as that number.
         source_encoding: "causal" (as pretrained and autoregressive models read), "bidirectional"
             (prefix-LM), both encoded once into a cache; or "joint" (TESS's layout: source and
             target in one bidirectional sequence, run through the network in every step).
@@ -60,7 +62,7 @@ class TessConfig(PreTrainedConfig):
     sub_configs = {"backbone_config": HybridConfig}
 
     backbone_config: HybridConfig | dict[str, Any] | None = None
-    simplex_value: float | int = 5.0
+    simplex_value: float | int | str = "auto"
     source_encoding: str = "causal"
     label_shift: bool = False
     self_conditioning: str | None = "logits_mean"
@@ -85,6 +87,7 @@ class TessConfig(PreTrainedConfig):
             joins = self.self_conditioning in CONCATENATING or self.deepmind_conditional
             self.self_conditioning_mix = "embeddings" if joins else "probabilities"
         super().__post_init__(**kwargs)
+        self.simplex_value = resolve_simplex_value(self.simplex_value, self.vocab_size)
         # Not a setting here: the backbone's own field decides, and the base class has one too.
         self.tie_word_embeddings = self.backbone_config.tie_word_embeddings
         self._check()
@@ -104,6 +107,18 @@ class TessConfig(PreTrainedConfig):
         """The backbone's."""
         return self.backbone_config.initializer_range
 
+    @property
+    def needs_whole_simplex(self) -> bool:
+        """Whether self-conditioning mixes over the vocabulary in a way that no embedding follows.
+
+        Such a model needs dense noise, and logits as its previous prediction.
+        """
+        if self.self_conditioning is None or self.deepmind_conditional:
+            return False
+        nonlinear = self.self_conditioning in ("logits_max", "logits_multiply")
+        mix = self.self_conditioning_mix
+        return mix == "logits" or (nonlinear and mix == "probabilities")
+
     def _check(self) -> None:
         for name, allowed in (
             ("source_encoding", SOURCE_ENCODINGS),
@@ -113,8 +128,6 @@ class TessConfig(PreTrainedConfig):
             if (value := getattr(self, name)) not in allowed:
                 known = ", ".join(str(item) for item in allowed)
                 raise ValueError(f"{name} must be one of {known}, got {value!r}")
-        if self.simplex_value <= 0:
-            raise ValueError(f"simplex_value must be above 0, got {self.simplex_value}")
         for name in ("max_source_length", "max_target_length"):
             if getattr(self, name) < 2:
                 raise ValueError(f"{name} must be at least 2, got {getattr(self, name)}")

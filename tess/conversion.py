@@ -83,7 +83,7 @@ def causal_to_tess(
         raise
     except ValueError as error:
         raise UserError(str(error)) from error
-    scheduler = RenoisingScheduler(simplex_value=config.simplex_value)
+    scheduler = RenoisingScheduler(vocab_size=config.vocab_size, simplex_value=config.simplex_value)
     with replaced_folder(target) as folder:
         save_parts(Parts(model, given, scheduler), folder)
     has_mtp = any(name.startswith("mtp.") for name in names)
@@ -140,9 +140,7 @@ def _causal_inside(denoiser: TessDenoiser) -> tuple[HybridForCausalLM, list[str]
     model.tie_weights()
     kept = set(model.state_dict())
     return model, sorted(
-        name
-        for name in denoiser.state_dict()
-        if name not in kept or name.endswith(".reverse_gate")
+        name for name in denoiser.state_dict() if name not in kept or name.endswith(".reverse_gate")
     )
 
 

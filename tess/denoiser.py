@@ -1,8 +1,9 @@
-"""The TESS denoiser: a noised simplex and a time in, logits of the clean tokens out."""
+"""The TESS denoiser: a noised simplex and a time in, a prediction of the clean tokens out."""
 
 # B examples, S source positions, L target positions, V vocabulary, H hidden
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +15,11 @@ from tess.backbones.cache import HybridCache
 from tess.backbones.hybrid import HybridModel, init_hybrid_weights
 from tess.backbones.pretrained import KEPT_IN_FLOAT32, StrictPreTrainedModel
 from tess.config import TessConfig
+from tess.kernels.cross_entropy import linear_cross_entropy
+from tess.kernels.head import Processors, vocabulary_sweep
+from tess.kernels.order_statistics import MomentsCache
 from tess.schedulers.simplex import DenseSimplex, NoisedSimplex
-from tess.self_conditioning import SelfConditioning
+from tess.self_conditioning import Prediction, SelfConditioning
 
 POSITION_SCALE = 0.6
 """Initial size of position embeddings, in that of word embeddings: the soft embedding of a noised
@@ -28,9 +32,15 @@ class PositionEmbedding(nn.Embedding):
 
 @dataclass
 class DenoiserOutput(ModelOutput):
-    """logits: [B, L, V] float32. last_hidden_state: [B, L, H], the head's input."""
+    """What one evaluation of the network gives.
 
-    logits: Tensor | None = None
+    last_hidden_state: [B, L, H], the head's input (`TessDenoiser.predict`, `TessDenoiser.logits`).
+    loss: scalar, with labels: weighted mean of the tokens' cross-entropy in nats.
+    token_losses: [B, L], with labels: each token's cross-entropy times its weight, no gradient.
+    """
+
+    loss: Tensor | None = None
+    token_losses: Tensor | None = None
     last_hidden_state: Tensor | None = None
 
 
@@ -39,7 +49,9 @@ class TessDenoiser(StrictPreTrainedModel):
 
     The input of a noised position is softmax(x) W with the word embedding W, mixed with the
     previous prediction, plus a linear embedding of the time. The source has neither, so that its
-    encoding holds for all steps. The head is W again when the backbone ties its embeddings.
+    encoding holds for all steps. The head is W again when the backbone ties its embeddings. Nothing
+    here has a vocabulary dimension beside that of positions, except what `logits` gives, a dense
+    sample, and a self-conditioning that mixes over the vocabulary.
 
     With `label_shift` the hidden state one position earlier predicts a target, as in a causal
     language model: the source's last token, clean as in the source, is read in front of the target,
@@ -64,6 +76,7 @@ class TessDenoiser(StrictPreTrainedModel):
         self.target_positions = _positions(config.num_target_positions, width)
         tied = config.backbone_config.tie_word_embeddings
         self.lm_head = None if tied else nn.Linear(width, config.vocab_size, bias=False)
+        self._moments = MomentsCache()
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -112,21 +125,23 @@ class TessDenoiser(StrictPreTrainedModel):
         self,
         sample: NoisedSimplex | Tensor,
         timesteps: Tensor,
-        previous: Tensor | None = None,
+        previous: Prediction | None = None,
         cache: HybridCache | None = None,
         source_ids: Tensor | None = None,
         source_mask: Tensor | None = None,
         target_mask: Tensor | None = None,
         clean_ids: Tensor | None = None,
         noise_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        loss_weights: Tensor | None = None,
     ) -> DenoiserOutput:
-        """Predict the clean tokens of all target positions at once.
+        """Evaluate the network at all target positions at once.
 
         Args:
             sample: the noised target, a `NoisedSimplex` or dense [B, L, V].
             timesteps: [B] or [B, L] in [0, 1].
-            previous: the last prediction's logits [B, L, V], for self-conditioning (its tokens
-                [B, L] will do for the projection kinds); None: there is none yet.
+            previous: the last prediction (`predict`), for self-conditioning; None: there is none
+                yet.
             cache: `encode_source`'s result, read and left as it is.
             source_ids, source_mask: [B, S], left-padded: the source. Beside a cache it is not
                 read, except with `label_shift`, which needs it there for its last column (and the
@@ -135,9 +150,12 @@ class TessDenoiser(StrictPreTrainedModel):
             target_mask: [B, L], 1 inside the canvas, right-padded; None: everything.
             clean_ids, noise_mask: [B, L]. Where noise_mask is 0 the position is context: it gets
                 the clean word embedding of clean_ids, no time and no self-conditioning.
+            labels, loss_weights: [B, L] clean tokens and what each weighs (None: 1); with them the
+                output has the loss.
 
         Raises:
-            ValueError: clean_ids without noise_mask, or more positions than were learned; with
+            ValueError: clean_ids without noise_mask, or more positions than were learned; a
+                self-conditioning that needs the whole simplex of one that has none; with
                 `label_shift` also a cache without source_ids, padding in the source's last column,
                 or neither source nor bos_token_id.
         """
@@ -155,10 +173,78 @@ class TessDenoiser(StrictPreTrainedModel):
             past_key_values=cache,
             mode="denoise",
         ).last_hidden_state[:, first : first + length]
-        head = self.backbone.embeddings if self.lm_head is None else self.lm_head
-        # float32, also under autocast: softmax and arg-max of the logits follow
-        logits_BLV = F.linear(hidden_BLH, head.weight).float()
-        return DenoiserOutput(logits=logits_BLV, last_hidden_state=hidden_BLH)
+        if labels is None:
+            return DenoiserOutput(last_hidden_state=hidden_BLH)
+        loss, losses_T = linear_cross_entropy(
+            hidden_BLH.flatten(0, 1),
+            self._head_weight(),
+            labels.flatten(),
+            weights_T=None if loss_weights is None else loss_weights.flatten(),
+            return_token_losses=True,
+        )
+        return DenoiserOutput(
+            loss=loss, token_losses=losses_T.view(labels.shape), last_hidden_state=hidden_BLH
+        )
+
+    def predict(
+        self,
+        hidden_BLH: Tensor,
+        *,
+        top_p: float | None = None,
+        temperature: float = 1.0,
+        uniforms: Tensor | None = None,
+        processors: Processors | None = None,
+        choice_BLH: Tensor | None = None,
+    ) -> Prediction:
+        """Choose a token at every position, in one sweep over the vocabulary without gradient.
+
+        Args:
+            hidden_BLH: `forward`'s last hidden state.
+            top_p, temperature, uniforms, processors: None takes the likeliest token, else a token
+                is drawn from the nucleus with the position's own number of `uniforms` [B, L]; see
+                `tess.kernels.head.vocabulary_sweep`.
+            choice_BLH: choose and measure the tokens by this state's logits instead (guidance);
+                what self-conditioning reads stays hidden_BLH's.
+
+        Returns:
+            The tokens with their log-probabilities and entropies, and what this model's
+            self-conditioning reads of a previous prediction.
+
+        Raises:
+            ValueError: options out of range, hidden states that are not finite.
+        """
+        kind, shape = self.config.self_conditioning, hidden_BLH.shape[:2]
+        rule: dict[str, Any] = {"temperature": temperature, "processors": processors}
+        if top_p is not None:
+            uniform_T = None if uniforms is None else uniforms.flatten()
+            rule |= {"choose": "sample", "top_p": top_p, "uniform_T": uniform_T}
+        whole = self.config.needs_whole_simplex
+        soft = kind is not None and "projection" not in kind and not whole
+        table = self.backbone.embeddings.weight if soft else None
+        head = self._head_weight()
+        if choice_BLH is None:
+            out = vocabulary_sweep(
+                hidden_BLH.flatten(0, 1), head, expected_embedding_of=table, **rule
+            )
+        else:
+            out = vocabulary_sweep(choice_BLH.flatten(0, 1), head, **rule)
+            if soft:
+                own = vocabulary_sweep(hidden_BLH.flatten(0, 1), head, expected_embedding_of=table)
+                out = out._replace(embedding_TH=own.embedding_TH)
+        return Prediction(
+            token_ids=out.tokens_T.view(shape),
+            log_probs=out.log_prob_T.view(shape),
+            entropies=out.entropy_T.view(shape),
+            embedding=out.embedding_TH.view(*shape, -1) if soft else None,
+            logits=self.logits(hidden_BLH).detach() if whole else None,
+        )
+
+    def logits(self, hidden_BLH: Tensor) -> Tensor:
+        """The head's logits [B, L, V] in float32, also under autocast: all of them at once."""
+        return F.linear(hidden_BLH, self._head_weight()).float()
+
+    def _head_weight(self) -> Tensor:
+        return (self.backbone.embeddings if self.lm_head is None else self.lm_head).weight
 
     def _read_source(
         self,
@@ -231,7 +317,7 @@ class TessDenoiser(StrictPreTrainedModel):
         self,
         sample: NoisedSimplex | Tensor,
         timesteps: Tensor,
-        previous: Tensor | None,
+        previous: Prediction | None,
         clean_ids: Tensor | None,
         noise_mask: Tensor | None,
     ) -> Tensor:
@@ -239,7 +325,10 @@ class TessDenoiser(StrictPreTrainedModel):
         simplex = DenseSimplex(sample) if isinstance(sample, Tensor) else sample
         clean_BLH = None if clean_ids is None else self.backbone.embeddings(clean_ids)
         noised_BL = None if noise_mask is None else noise_mask.bool()
-        hidden_BLH = self.self_conditioning(simplex, previous, weight_VH, clean_BLH, noised_BL)
+        moments = self._moments.of(weight_VH) if simplex.needs_moments else None
+        hidden_BLH = self.self_conditioning(
+            simplex, previous, weight_VH, clean_BLH, noised_BL, moments
+        )
         time_B11 = timesteps.to(weight_VH.dtype).reshape(len(hidden_BLH), -1, 1)
         # The residual stream keeps the weights' precision, also under autocast.
         timed_BLH = (hidden_BLH + self.time_embedding(time_B11)).to(weight_VH.dtype)

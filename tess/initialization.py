@@ -13,7 +13,9 @@ from tess.collators import objective_names
 from tess.config import TessConfig
 from tess.denoiser import TessDenoiser
 from tess.errors import UserError
+from tess.pipeline import check_scheduler
 from tess.saving import Parts, copy_weights, load_parts, own_fields
+from tess.schedulers.presets import DEFAULT_PRESET, SCHEDULER_PRESETS
 from tess.schedulers.renoising import RenoisingScheduler
 from tess.tokenization import load_tokenizer, source_layout, train_tokenizer
 from tess.training_data import TokenRows, length_rule
@@ -75,9 +77,17 @@ def _denoiser_fields(settings: Settings) -> dict[str, Any]:
 def _scheduler(
     settings: Settings, config: TessConfig, given: RenoisingScheduler | None = None
 ) -> RenoisingScheduler:
-    given = given or RenoisingScheduler()
-    changes = {"simplex_value": config.simplex_value, **settings.diffusion.scheduler_overrides()}
-    return RenoisingScheduler.from_config(given.config, **changes)
+    fields = settings.diffusion.scheduler_overrides()
+    fields |= {"simplex_value": config.simplex_value, "vocab_size": config.vocab_size}
+    try:
+        if given is None:
+            scheduler = RenoisingScheduler(**SCHEDULER_PRESETS[DEFAULT_PRESET] | fields)
+        else:
+            scheduler = RenoisingScheduler.from_config(given.config, **fields)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    check_scheduler(scheduler, config)
+    return scheduler
 
 
 def _adapted(settings: Settings, given: Parts) -> Parts:

@@ -5,18 +5,18 @@ B examples, L canvas (target) positions, S source positions, N = S + L, V vocabu
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tess.backbones.config import HybridConfig
 from tess.errors import UserError
+from tess.schedulers.density import EARLIEST_TIME, LearnedDensity
 from tess.schedulers.renoising import RenoisingScheduler
 
 
-def sample_timesteps(
+def sample_uniforms(
     batch_size: int, stratified: bool = True, device: torch.device | None = None
 ) -> Tensor:
-    """Training times [B], each uniform on (0, 1].
+    """Numbers [B], each uniform on (0, 1], from which training times follow.
 
     Stratified draws take one from each of B equal parts of the interval, in random order: the same
     density with less variance between batches (arXiv 2107.00630, appendix I.1).
@@ -26,13 +26,7 @@ def sample_timesteps(
     offset = torch.rand(1, device=device)
     grid_B = (torch.arange(batch_size, device=device) + offset) / batch_size
     # Batches may be sorted by length, so the order must not say the time.
-    return (1 - grid_B[torch.randperm(batch_size, device=device)]).clamp_(min=1e-6)
-
-
-def weighted_cross_entropy(logits_BLV: Tensor, ids_BL: Tensor, weights_BL: Tensor) -> Tensor:
-    """Mean of the tokens' cross-entropy under `weights_BL`, in nats, computed in float32."""
-    loss_BL = F.cross_entropy(logits_BLV.float().transpose(1, 2), ids_BL, reduction="none")
-    return (loss_BL * weights_BL).sum() / weights_BL.sum().clamp(min=1e-8)
+    return (1 - grid_B[torch.randperm(batch_size, device=device)]).clamp_(min=EARLIEST_TIME)
 
 
 def tess_loss(
@@ -43,24 +37,28 @@ def tess_loss(
     self_conditioning_probability: float = 0.5,
     stratified: bool = True,
     source_drop_probability: float = 0.0,
+    density: LearnedDensity | None = None,
 ) -> Tensor:
     """TESS's loss (arXiv 2305.08379, section 3): cross-entropy of clean tokens given noised ones.
 
     One time per example; only positions of `noise_mask` are noised; with
     `self_conditioning_probability` the batch is predicted once without gradient, at the same noised
-    input, and that prediction is the second pass's input.
+    input, and that prediction is the second pass's input. Noise follows from keys that torch's
+    generator draws. Nothing has the size of the logits.
 
     Args:
         denoiser: a `TessDenoiser`, or a wrapper of one that has it as `.module`.
-        scheduler: gives the forward process.
+        scheduler: gives the forward process, and the density of times.
         batch: see `tess.collators`.
         self_conditioning_probability: per batch; ignored where the model has no self-conditioning.
-        stratified: see `sample_timesteps`.
+        stratified: see `sample_uniforms`.
         source_drop_probability: per example; such a source becomes the empty `<s> </s>`, which
             classifier-free guidance compares with.
+        density: of times, in place of the scheduler's; it learns from this batch where gradients
+            are on.
     """
     core = getattr(denoiser, "module", denoiser)
-    target_ids_BL = batch["target_ids"]
+    target_ids_BL, weights_BL = batch["target_ids"], batch["loss_weights"]
     source = (
         {}
         if "source_ids" not in batch
@@ -68,30 +66,34 @@ def tess_loss(
     )
     if source and source_drop_probability:
         source = _drop_sources(source, source_drop_probability, core.config.backbone_config)
-    timesteps_B = sample_timesteps(len(target_ids_BL), stratified, target_ids_BL.device)
-    noise_BLV = torch.randn(
-        *target_ids_BL.shape, core.config.vocab_size, device=target_ids_BL.device
-    )
-    sample = scheduler.add_noise(target_ids_BL, timesteps_B, noise_BLV)
+    uniforms_B = sample_uniforms(len(target_ids_BL), stratified, target_ids_BL.device)
+    sample_times = scheduler.training_timesteps if density is None else density.sample
+    timesteps_B = sample_times(uniforms_B)
+    keys_B = torch.randint(2**63 - 1, (len(target_ids_BL),), device=target_ids_BL.device)
+    sample = scheduler.add_noise(target_ids_BL, timesteps_B, keys=keys_B)
     inputs = {"sample": sample, "timesteps": timesteps_B, "target_mask": batch["target_mask"]}
     if not torch.equal(batch["noise_mask"], batch["target_mask"]):
         inputs |= {"clean_ids": target_ids_BL, "noise_mask": batch["noise_mask"]}
     # No cache: the layout is joint and the source is read in every pass, or there is no source.
     context = source | {"cache": core.encode_source(**source) if source else None}
 
-    previous_BLV = None
+    previous = None
     if (
         core.config.self_conditioning is not None
         and torch.rand(()).item() < self_conditioning_probability
     ):
         with torch.no_grad():
-            previous_BLV = denoiser(**inputs, **context).logits
+            previous = core.predict(denoiser(**inputs, **context).last_hidden_state)
         # Autocast keeps the low-precision copies of the weights. Those made without gradient must
         # not serve the next pass: torch 2.13 sees to that, and a version that did not would leave
         # weights untrained without a word.
         torch.clear_autocast_cache()
-    logits_BLV = denoiser(**inputs, **context, previous=previous_BLV).logits
-    return weighted_cross_entropy(logits_BLV, target_ids_BL, batch["loss_weights"])
+    out = denoiser(
+        **inputs, **context, previous=previous, labels=target_ids_BL, loss_weights=weights_BL
+    )
+    if density is not None and torch.is_grad_enabled():
+        density.update(timesteps_B, out.token_losses.sum(1) / weights_BL.sum(1))
+    return out.loss
 
 
 def _drop_sources(
@@ -143,9 +145,7 @@ def ar_loss(
     order_BN = mask_BN.argsort(dim=1, stable=True)
     ids_BN, mask_BN, weights_BN = (t.gather(1, order_BN) for t in (ids_BN, mask_BN, weights_BN))
     depth = max(0, min(mtp_depth, ids_BN.shape[1] - 2))  # a short batch has none further ahead
-    out = model(
-        input_ids=ids_BN, attention_mask=mask_BN, loss_weights=weights_BN, mtp_depth=depth
-    )
+    out = model(input_ids=ids_BN, attention_mask=mask_BN, loss_weights=weights_BN, mtp_depth=depth)
     if not next_token and depth == 0:  # nothing to learn, but a graph to go back through
         return sum(0.0 * parameter.sum() for parameter in core.mtp.parameters())
     ahead = torch.stack(out.mtp_losses).mean() if depth else 0.0

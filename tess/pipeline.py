@@ -16,9 +16,11 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from tess.config import TessConfig
 from tess.denoiser import TessDenoiser
 from tess.errors import UserError
 from tess.schedulers.renoising import RenoisingScheduler
+from tess.self_conditioning import Prediction
 from tess.tokenization import check_tokenizer, cut_sources, decode, encode_sources
 
 DEFAULT_INFERENCE_STEPS = 16
@@ -55,7 +57,7 @@ class TessPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "denoiser"
-    _callback_tensor_inputs = ["token_ids", "logits"]
+    _callback_tensor_inputs = ["token_ids", "log_probs", "entropies", "hidden_state", "logits"]
 
     def __init__(
         self,
@@ -65,11 +67,7 @@ class TessPipeline(DiffusionPipeline):
     ) -> None:
         super().__init__()
         check_tokenizer(tokenizer, denoiser.config.vocab_size)
-        if scheduler.config.simplex_value != denoiser.config.simplex_value:
-            raise UserError(
-                f"simplex_value mismatch: the scheduler has {scheduler.config.simplex_value} and "
-                f"the model {denoiser.config.simplex_value}"
-            )
+        check_scheduler(scheduler, denoiser.config)
         self.register_modules(denoiser=denoiser, scheduler=scheduler, tokenizer=tokenizer)
 
     @classmethod
@@ -121,14 +119,19 @@ class TessPipeline(DiffusionPipeline):
             top_p: None for the arg-max; otherwise the mass of the nucleus to sample from.
             temperature: divides the logits; only with top_p.
             guidance_scale: g >= 1; above 1, log p = u + g (c - u) with the source's prediction c
-                and the empty source's u (classifier-free guidance, arXiv 2207.12598).
+                and the empty source's u (classifier-free guidance, arXiv 2207.12598). The head is
+                linear, so that is the prediction of the state u + g (c - u).
             generator: gives the seed; None takes torch's global generator.
             keys: [B] int64, the examples' own random keys (`example_keys`), in place of a seed: for
                 a batch that is part of a larger set.
-            callback_on_step_end: called as (pipeline, step, timestep, tensors) after each step;
-                what it returns under a tensor's name replaces it.
-            callback_on_step_end_tensor_inputs: which of "token_ids" [B, L] and "logits" [B, L, V]
-                the callback gets.
+            callback_on_step_end: called as (pipeline, step, timestep, tensors) after each step. It
+                may return other "token_ids", with which the next step goes on, and other "logits",
+                which the next step's self-conditioning reads.
+            callback_on_step_end_tensor_inputs: which of "token_ids", "log_probs" and "entropies"
+                [B, L], "hidden_state" [B, L, H] and "logits" [B, L, V] the callback gets. The
+                first three belong to the distribution that tokens are chosen from, guided if there
+                is guidance, before temperature and top_p; the last two to the source's own
+                prediction. Asking for the logits costs their memory.
             output_type: "text", or "seq" to leave out decoding.
             return_dict: False gives the tuple (sequences, texts, nfe).
             strict: a source that is too long is an error, not a warning and a cut.
@@ -155,9 +158,7 @@ class TessPipeline(DiffusionPipeline):
         context = self._context(sources, device)
         empty = self._empty_context(len(sources), device) if guidance_scale > 1 else None
 
-        sample = self.scheduler.initial(
-            tuple(target_mask.shape), self.denoiser.config.vocab_size, keys_B
-        )
+        sample = self.scheduler.initial(tuple(target_mask.shape), keys_B)
         previous = None
         with self.progress_bar(total=num_inference_steps) as progress:
             for index, timestep in enumerate(self.scheduler.timesteps):
@@ -167,29 +168,31 @@ class TessPipeline(DiffusionPipeline):
                     "previous": previous,
                     "target_mask": target_mask,
                 }
-                predicted = self.denoiser(**inputs, **context).logits
-                logits = predicted
+                hidden_BLH = self.denoiser(**inputs, **context).last_hidden_state
+                guided_BLH = None
                 if empty is not None:
-                    other = self.denoiser(**inputs, **empty).logits.log_softmax(dim=-1)
-                    logits = other + guidance_scale * (predicted.log_softmax(dim=-1) - other)
-                step = self.scheduler.step(
-                    logits, timestep, sample, temperature=temperature, top_p=top_p
-                )
-                sample, token_ids = step.prev_sample, step.token_ids
-                if callback_on_step_end is not None:
-                    tensors = {"token_ids": token_ids, "logits": predicted}
-                    asked = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                    changed = callback_on_step_end(self, index, timestep, asked) or {}
-                    token_ids = changed.get("token_ids", token_ids)
-                    predicted = changed.get("logits", predicted)
-                    sample = replace(sample, token_ids=token_ids)
+                    other_BLH = self.denoiser(**inputs, **empty).last_hidden_state
+                    guided_BLH = other_BLH + guidance_scale * (hidden_BLH - other_BLH)
                 # Self-conditioning is on the source's own prediction, as in TESS.
-                hard = "projection" in (self.denoiser.config.self_conditioning or "")
-                previous = token_ids if hard else predicted
+                previous = self.denoiser.predict(
+                    hidden_BLH,
+                    top_p=top_p,
+                    temperature=temperature,
+                    uniforms=None if top_p is None else sample.uniforms(),
+                    choice_BLH=guided_BLH,
+                )
+                sample = self.scheduler.step(previous.token_ids, timestep, sample).prev_sample
+                if callback_on_step_end is not None:
+                    tensors = self._tensors(
+                        callback_on_step_end_tensor_inputs, previous, hidden_BLH
+                    )
+                    changed = callback_on_step_end(self, index, timestep, tensors) or {}
+                    previous = self._replaced(previous, changed)
+                    sample = replace(sample, token_ids=previous.token_ids)
                 progress.update()
         self.maybe_free_model_hooks()
 
-        sequences = self._cut(token_ids.cpu(), lengths)
+        sequences = self._cut(previous.token_ids.cpu(), lengths)
         texts = None
         if output_type == "text":
             texts = [decode(self.tokenizer, row) for row in sequences.tolist()]
@@ -198,6 +201,33 @@ class TessPipeline(DiffusionPipeline):
         if not return_dict:
             return sequences, texts, nfe
         return TessPipelineOutput(sequences=sequences, texts=texts, nfe=nfe)
+
+    def _tensors(
+        self, names: Sequence[str], prediction: Prediction, hidden_BLH: Tensor
+    ) -> dict[str, Tensor]:
+        """What a callback asks for."""
+        made = {
+            "hidden_state": lambda: hidden_BLH,
+            "logits": lambda: self.denoiser.logits(hidden_BLH),
+        }
+        return {name: made[name]() if name in made else getattr(prediction, name) for name in names}
+
+    def _replaced(self, prediction: Prediction, changed: dict[str, Tensor]) -> Prediction:
+        """The prediction with what a callback returned; logits replace its soft part."""
+        if unknown := sorted(set(changed) - {"token_ids", "logits"}):
+            raise UserError(
+                f"callback_on_step_end may return token_ids and logits, got {', '.join(unknown)}"
+            )
+        token_ids = changed.get("token_ids", prediction.token_ids)
+        if "logits" not in changed:
+            return replace(prediction, token_ids=token_ids)
+        kind = self.denoiser.config.self_conditioning
+        if kind is None or "projection" in kind:
+            raise UserError(
+                f"callback_on_step_end returned logits, which self_conditioning={kind!r} does not "
+                "read"
+            )
+        return Prediction(token_ids=token_ids, logits=changed["logits"])
 
     def _check_arguments(
         self, guidance_scale: float, output_type: str, tensor_inputs: Sequence[str]
@@ -291,6 +321,24 @@ class TessPipeline(DiffusionPipeline):
         after_end = is_end.cumsum(dim=1) - is_end.long() > 0
         outside = _right_mask(lengths) == 0
         return token_ids.masked_fill(after_end | outside, self.tokenizer.pad_token_id)
+
+
+def check_scheduler(scheduler: RenoisingScheduler, config: TessConfig) -> None:
+    """Refuse a scheduler that a denoiser of this config cannot work with.
+
+    Raises:
+        UserError: another simplex, or order statistics where the whole simplex is needed.
+    """
+    for name in ("simplex_value", "vocab_size"):
+        theirs, ours = getattr(scheduler.config, name), getattr(config, name)
+        if theirs != ours:
+            raise UserError(f"{name} mismatch: the scheduler has {theirs} and the model {ours}")
+    if config.needs_whole_simplex and scheduler.config.noise != "dense":
+        raise UserError(
+            f"self_conditioning={config.self_conditioning!r} mixed at the "
+            f"{config.self_conditioning_mix} needs the whole simplex: make the scheduler with "
+            f'noise="dense" (--noise dense), it has {scheduler.config.noise!r}'
+        )
 
 
 def example_keys(sources: list[list[int]], seed: int) -> Tensor:

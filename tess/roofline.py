@@ -9,9 +9,9 @@ caches, to do its multiplications, and can at best do both at once. What is coun
 - operations: 2 for each weight and each token that meets it, 4 for each query, key and channel of
   attention, the scan by chunks (`scan_flops`), and the products over the vocabulary.
 
-What is not: activations, so also every [batch, length, vocabulary] tensor that denoising makes
-today (`Roofline.vocabulary_tensor_bytes` is the size of one), launches, the sampling itself, and
-the reading of the source, which is done once in all three. Real times are longer.
+What is not: activations, launches, the sampling itself, and the reading of the source, which is
+done once in all three. Real times are longer. (Denoising holds no [batch, length, vocabulary]
+tensor; `Roofline.vocabulary_tensor_bytes` is what one would take.)
 """
 
 import math
@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 from tess.backbones.config import HybridConfig
 from tess.errors import UserError
+from tess.schedulers.simplex import NUM_TOP
 
 BF16, FP32 = 2, 4
 """Bytes of a number."""
@@ -284,15 +285,21 @@ def lookup_cost(config: HybridConfig, tokens: float) -> Cost:
     return Cost(BF16 * config.hidden_size * min(tokens, config.vocab_size))
 
 
-def soft_embedding_cost(config: HybridConfig, positions: float) -> Cost:
-    """The dense product of probabilities and embedding at so many positions.
+def expected_embedding_cost(config: HybridConfig, positions: float) -> Cost:
+    """The product of predicted probabilities and embedding at so many positions.
 
-    One product, as when self-conditioning mixes probabilities; kinds that embed the noised simplex
-    and the prediction apart take two. A tied table is read once, by the head.
+    A tied table is read once, by the head.
     """
     numbers = config.hidden_size * config.vocab_size
     table = 0 if config.tie_word_embeddings else numbers
     return Cost(BF16 * table, 2 * positions * numbers)
+
+
+def noised_embedding_cost(config: HybridConfig, positions: float, num_top: int = NUM_TOP) -> Cost:
+    """The noised simplex by order statistics: rows of K + 1 tokens, and H^2 for all others."""
+    width, rows = config.hidden_size, num_top + 1
+    flops = 2 * positions * width * (rows + width)
+    return lookup_cost(config, positions * rows) + Cost(BF16 * width**2, flops)
 
 
 def ar_step(config: HybridConfig, batch: int, context: float) -> Cost:
@@ -308,8 +315,10 @@ def ar_step(config: HybridConfig, batch: int, context: float) -> Cost:
 def denoise_step(
     config: HybridConfig, batch: int, source: int, target: int, joint: bool = False
 ) -> Cost:
-    """One evaluation over whole targets: dense soft embedding, stack, logits of all positions.
+    """One evaluation over whole targets: noised simplex, stack, and the sweep over the vocabulary.
 
+    The sweep has two products: logits, and the expected embedding for self-conditioning. The noised
+    simplex costs next to nothing, whatever the vocabulary.
     The source's cache is read and left as it is: a Mamba state is read only. With `joint` there is
     no cache and the source goes through the stack again, in one block with the target.
     """
@@ -317,8 +326,8 @@ def denoise_step(
     reads = 1 if cached else 0
     block = Block(batch, positions, cached, bidirectional=True, state_moves=reads, keeps=False)
     cost = stack_cost(config, config.hybrid_override_pattern, block)
-    cost += head_cost(config, batch * target) + soft_embedding_cost(config, batch * target)
-    return cost
+    cost += head_cost(config, batch * target) + noised_embedding_cost(config, batch * target)
+    return cost + expected_embedding_cost(config, batch * target)
 
 
 def draft_pass(config: HybridConfig, batch: int, positions: float, cached: float) -> Cost:
@@ -379,8 +388,8 @@ class Roofline:
     GPU's memory; where they are not, the times are those of a GPU of this speed with more memory.
     ar_step, mtp_round: at the context that the source leaves. ar_seconds, mtp_seconds: `target`
     tokens, with the context growing. break_even_*: evaluations of the denoiser that cost as much.
-    mtp_*: None in a model without a multi-token predictor. vocabulary_tensor_bytes: one [batch,
-    target, vocabulary] tensor in float32, which is not in the times.
+    mtp_*: None in a model without a multi-token predictor. vocabulary_tensor_bytes: what one
+    [batch, target, vocabulary] tensor would take in float32; denoising makes none.
     """
 
     gpu: str

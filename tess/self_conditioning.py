@@ -1,19 +1,49 @@
 """Self-conditioning: how the previous prediction of the clean text joins the noised simplex.
 
-The kinds are those of TESS (arXiv 2305.08379). With a = softmax(x), b = softmax(previous) and W the
-word embedding: `logits` projects [aW; bW], `logits_addition` is aW + bW, `logits_mean` their mean,
-`logits_max` and `logits_multiply` the elementwise maximum and product. Names with `projection` take
-b = softmax(S(token)) of the predicted token instead.
+The kinds are those of TESS (arXiv 2305.08379). With a = softmax(x), b = softmax(previous logits)
+and W the word embedding: `logits` projects [aW; bW], `logits_addition` is aW + bW, `logits_mean`
+their mean, `logits_max` and `logits_multiply` the elementwise maximum and product. Names with
+`projection` take b = softmax(S(token)) of the predicted token instead.
+
+Sums and means commute with the product by W, so aW and bW are all that most kinds need: neither a
+nor b exists then. Only a maximum, a product or a softmax over the vocabulary needs the whole
+simplex (`TessConfig.needs_whole_simplex`).
 """
 
 # B examples, L positions, V vocabulary, H hidden
 
+from dataclasses import dataclass
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tess.config import CONCATENATING, TessConfig
+from tess.kernels.order_statistics import EmbeddingMoments
 from tess.schedulers.simplex import Simplex
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a denoiser predicted, as far as somebody needs it; without gradient.
+
+    token_ids: [B, L] int64, the chosen tokens.
+    log_probs: [B, L] float32, log-probability of each chosen token, in nats; of the distribution
+        that it was chosen from, before temperature and truncation.
+    entropies: [B, L] float32, of the same distributions, in nats.
+    embedding: [B, L, H], softmax(logits) W.
+    logits: [B, L, V], where the whole simplex is needed.
+    """
+
+    token_ids: Tensor
+    log_probs: Tensor | None = None
+    entropies: Tensor | None = None
+    embedding: Tensor | None = None
+    logits: Tensor | None = None
+
+    @staticmethod
+    def from_logits(logits: Tensor) -> "Prediction":
+        """Of given logits [B, L, V]; the tokens are their arg-max."""
+        return Prediction(token_ids=logits.argmax(dim=-1), logits=logits.detach())
 
 
 class SelfConditioning(nn.Module):
@@ -27,6 +57,7 @@ class SelfConditioning(nn.Module):
         super().__init__()
         self.kind = config.self_conditioning
         self.mix_point = config.self_conditioning_mix
+        self.needs_whole_simplex = config.needs_whole_simplex
         self.zeros_after_softmax = config.self_conditioning_zeros_after_softmax
         self.simplex_value = config.simplex_value
         self.deepmind = config.deepmind_conditional
@@ -40,44 +71,41 @@ class SelfConditioning(nn.Module):
     def forward(
         self,
         simplex: Simplex,
-        previous: Tensor | None,
+        previous: Prediction | None,
         weight_VH: Tensor,
         clean_BLH: Tensor | None = None,
         noised_BL: Tensor | None = None,
+        moments: EmbeddingMoments | None = None,
     ) -> Tensor:
-        """Embeddings of the noised positions (of all positions with `deepmind_conditional`).
+        """Embed the noised target.
 
-        simplex: the noised target [B, L, V]. previous: logits [B, L, V], or for the projection
-        kinds also the chosen tokens [B, L] int64; it receives no gradient.
+        simplex: the noised target [B, L, V]. previous: the last prediction, or None; it receives no
+        gradient, and W none through its `embedding`. Given logits, the kinds that mix over the
+        vocabulary mix there, as TESS does, and W learns through them.
         clean_BLH, noised_BL: embeddings of the clean tokens and which positions are noised (bool);
         only `deepmind_conditional` reads them, None standing for "all noised".
+        moments: of W, if they are at hand.
+
+        Raises ValueError for a prediction that lacks what the kind needs, and for a whole simplex
+        that is wanted of order statistics.
         """
+        if isinstance(previous, Tensor):
+            raise ValueError(
+                "previous must be a Prediction (TessDenoiser.predict, Prediction.from_logits), got "
+                "a tensor"
+            )
         if self.kind is None:
-            return simplex.embedding(weight_VH)
-        if self.mix_point == "logits":
-            return self._mix_logits(simplex.logits(), previous, weight_VH)
-        if self.mix_point == "probabilities":
-            if previous is None and self.kind in ("logits_addition", "logits_mean"):
-                # Linear kinds: a uniform distribution embeds to the mean row, without V-sized work.
-                return self._mix(simplex.embedding(weight_VH), self._absent(weight_VH))
-            probs_BLV = simplex.probabilities()
-            if previous is None:
-                fill = 0.0 if self.zeros_after_softmax else 1.0 / probs_BLV.shape[-1]
-                other_BLV = torch.full_like(probs_BLV, fill)
-            else:
-                other_BLV = self._logits(previous, probs_BLV.shape[-1]).softmax(dim=-1)
-            return embed(self._mix(probs_BLV, other_BLV), weight_VH)
-        noised_BLH = simplex.embedding(weight_VH)
-        if previous is None:
-            other_BLH = self._absent(weight_VH).expand_as(noised_BLH)
-        else:
-            other_BLV = self._logits(previous, len(weight_VH)).softmax(dim=-1)
-            other_BLH = embed(other_BLV, weight_VH)
+            return simplex.embedding(weight_VH, moments)
+        if self.needs_whole_simplex or self._is_materialised(simplex, previous):
+            return self._embed_mixed(simplex, previous, weight_VH)
+        noised_BLH = simplex.embedding(weight_VH, moments)
+        predicted_BLH = self._predicted(previous, weight_VH).to(noised_BLH.dtype)
+        predicted_BLH = predicted_BLH.expand_as(noised_BLH)
         if self.deepmind:
-            return self.join(noised_BLH, other_BLH, clean_BLH, noised_BL)
+            return self.join(noised_BLH, predicted_BLH, clean_BLH, noised_BL)
         if self.concatenates:
-            return self.projection(torch.cat([noised_BLH, other_BLH], dim=-1))
-        return self._mix(noised_BLH, other_BLH)
+            return self.projection(torch.cat([noised_BLH, predicted_BLH], dim=-1))
+        return self._mix(noised_BLH, predicted_BLH)
 
     def join(
         self,
@@ -108,28 +136,73 @@ class SelfConditioning(nn.Module):
             return torch.maximum(first, second)
         return first * second
 
-    def _mix_logits(
-        self, simplex_BLV: Tensor, previous: Tensor | None, weight_VH: Tensor
-    ) -> Tensor:
+    def _is_materialised(self, simplex: Simplex, previous: Prediction | None) -> bool:
+        """Whether both sides are there over the vocabulary: then one product embeds their mix."""
+        given = previous is not None and previous.logits is not None
+        joins = self.concatenates or self.deepmind
+        return given and not simplex.needs_moments and self.mix_point != "embeddings" and not joins
+
+    # ---- without the vocabulary dimension ----
+
+    def _predicted(self, previous: Prediction | None, weight_VH: Tensor) -> Tensor:
+        """bW, [B, L, H], or [H] without a prediction."""
         if previous is None:
-            other_BLV = torch.zeros_like(simplex_BLV)
-        else:
-            other_BLV = self._logits(previous, simplex_BLV.shape[-1])
-        return embed(self._mix(simplex_BLV, other_BLV).softmax(dim=-1), weight_VH)
-
-    def _logits(self, previous: Tensor, vocab_size: int) -> Tensor:
-        previous = previous.detach()
+            if self.zeros_after_softmax:
+                return weight_VH.new_zeros(weight_VH.shape[-1])
+            return weight_VH.mean(dim=0)  # of the uniform distribution
         if "projection" in self.kind:
-            ids_BL = previous.argmax(dim=-1) if previous.is_floating_point() else previous
-            one_hot_BLV = F.one_hot(ids_BL, vocab_size).float()
-            return self.simplex_value * (2 * one_hot_BLV - 1)
-        return previous.float()
+            return self._vertices(previous.token_ids, weight_VH)
+        if previous.embedding is not None:
+            return previous.embedding.detach()
+        if previous.logits is not None:
+            return embed(previous.logits.detach().float().softmax(dim=-1), weight_VH)
+        raise ValueError(
+            f"self_conditioning={self.kind!r} needs the embedding or the logits of the previous "
+            "prediction, got neither"
+        )
 
-    def _absent(self, weight_VH: Tensor) -> Tensor:
-        """The embedding of a missing prediction, [H]."""
-        if self.zeros_after_softmax:
-            return weight_VH.new_zeros(weight_VH.shape[-1])
-        return weight_VH.mean(dim=0)
+    def _vertices(self, ids_BL: Tensor, weight_VH: Tensor) -> Tensor:
+        """softmax(S(ids)) W: the token has e^2k times the weight of each of the others."""
+        rest = torch.exp(torch.tensor(-2.0 * self.simplex_value, dtype=torch.float64))
+        total = 1 + (len(weight_VH) - 1) * rest
+        own_BLH = nn.functional.embedding(ids_BL, weight_VH)
+        shares = float((1 - rest) / total), float(rest / total)
+        return own_BLH * shares[0] + weight_VH.sum(dim=0) * shares[1]
+
+    # ---- with it ----
+
+    def _embed_mixed(
+        self, simplex: Simplex, previous: Prediction | None, weight_VH: Tensor
+    ) -> Tensor:
+        """Mix logits, or probabilities, over the vocabulary; then embed."""
+        if simplex.needs_moments:
+            raise ValueError(
+                f"self_conditioning={self.kind!r} mixed at the {self.mix_point} needs the whole "
+                'simplex, which only noise="dense" has; got noise="order_statistics"'
+            )
+        x_BLV = simplex.logits()
+        if self.mix_point == "logits":
+            other_BLV = torch.zeros_like(x_BLV)
+            if previous is not None:
+                other_BLV = self._logits(previous, x_BLV.shape[-1])
+            return embed(self._mix(x_BLV, other_BLV).softmax(dim=-1), weight_VH)
+        if previous is None:
+            fill = 0.0 if self.zeros_after_softmax else 1.0 / x_BLV.shape[-1]
+            other_BLV = torch.full_like(x_BLV, fill)
+        else:
+            other_BLV = self._logits(previous, x_BLV.shape[-1]).softmax(dim=-1)
+        return embed(self._mix(x_BLV.softmax(dim=-1), other_BLV), weight_VH)
+
+    def _logits(self, previous: Prediction, vocab_size: int) -> Tensor:
+        if "projection" in self.kind:
+            one_hot_BLV = nn.functional.one_hot(previous.token_ids, vocab_size).float()
+            return self.simplex_value * (2 * one_hot_BLV - 1)
+        if previous.logits is None:
+            raise ValueError(
+                f"self_conditioning={self.kind!r} mixed at the {self.mix_point} needs the logits "
+                "of the previous prediction, got none"
+            )
+        return previous.logits.detach().float()
 
 
 def embed(probs_BLV: Tensor, weight_VH: Tensor) -> Tensor:

@@ -19,9 +19,11 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from tess.backbones.feedforward import balance_routers
 from tess.saving import Parts, load_parts, replaced_folder, save_parts
+from tess.schedulers.density import LearnedDensity
 from tess.training_data import BucketSampler
 
 AVERAGE_FILE = "average.safetensors"
+DENSITY_FILE = "timestep_density.safetensors"
 TRAINER_STATE_FILE = "trainer_state.json"
 
 
@@ -91,6 +93,7 @@ class TextTrainer(Trainer):
         train_sampler: the order of the training rows.
         ema_decay: of the weights' moving average; 0 for none.
         balance_rate: step of the experts' balancing bias; 0 for none.
+        density: the learned density of times that the loss function uses, to be saved with the run.
         kwargs: Trainer's.
     """
 
@@ -102,6 +105,7 @@ class TextTrainer(Trainer):
         train_sampler: BucketSampler,
         ema_decay: float = 0.0,
         balance_rate: float = 0.0,
+        density: LearnedDensity | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(model=parts.model, **kwargs)
@@ -109,6 +113,7 @@ class TextTrainer(Trainer):
         self.loss_function = loss_function
         self.train_sampler = train_sampler
         self.average = WeightAverage(self.model, ema_decay) if ema_decay else None
+        self.density = density
         # The loss is a mean over the micro-batch, so Trainer divides it by their number.
         self.loss_is_scaled_for_ga = False
         self._run_dir: str | None = None
@@ -199,6 +204,8 @@ class TextTrainer(Trainer):
         save_parts(self.parts, folder)
         if self.average is not None:
             save_file(self.average.tensors, folder / AVERAGE_FILE)
+        if self.density is not None:
+            save_file({"losses": self.density.losses}, folder / DENSITY_FILE)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
@@ -209,6 +216,8 @@ class TextTrainer(Trainer):
             tensors = load_file(Path(resume_from_checkpoint) / AVERAGE_FILE)
             for name, tensor in self.average.tensors.items():
                 tensor.copy_(tensors[name])
+        if self.density is not None:
+            self.density.load(load_file(Path(resume_from_checkpoint) / DENSITY_FILE)["losses"])
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)

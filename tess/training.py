@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,12 +19,16 @@ from tess.initialization import build_parts, store_limits
 from tess.objectives import ar_loss, tess_loss
 from tess.sample_printer import PrintSamples
 from tess.saving import Parts, kind_of, load_parts, replaced_folder, save_parts
+from tess.schedulers.density import LearnedDensity
+from tess.schedulers.recoverability import recoverability
+from tess.schedulers.renoising import RenoisingScheduler
 from tess.trainer import TRAINER_STATE_FILE, TextTrainer
 from tess.training_data import BucketSampler, TokenRows
 from tess.training_texts import load_data, warn_of_cuts, without_long
 
 FINAL_FOLDER = "final"
 SETTINGS_FILE = "settings.json"
+DENSITY_BINS = 64
 IN_PLACE = {"span_infilling", "ul2", "ul2_with_unconditional"}
 
 
@@ -75,6 +80,10 @@ def _check_run(settings: Settings) -> None:
         raise UserError(
             "several GPUs in one process are not supported; start with `accelerate launch`"
         )
+    if settings.training.world_size > 1 and settings.diffusion.timestep_density == "learned":
+        raise UserError(
+            "timestep_density learned works in one process, where one density sees all losses"
+        )
     names = objective_names(settings.data.conditional_generation)
     if settings.model.objective == "ar" and (inside := sorted(IN_PLACE & set(names))):
         raise UserError(
@@ -95,9 +104,13 @@ def make_trainer(
     if settings.causal.freeze_backbone:
         for name, parameter in parts.model.named_parameters():
             parameter.requires_grad_(name.startswith("mtp."))
+    density = None
+    if parts.scheduler is not None and settings.diffusion.timestep_density == "learned":
+        density = learned_density(parts.scheduler)
     trainer = TextTrainer(
         parts=parts,
-        loss_function=make_loss(settings, parts),
+        loss_function=make_loss(settings, parts, density),
+        density=density,
         train_sampler=BucketSampler(
             rows.lengths(),
             args.per_device_train_batch_size,
@@ -136,10 +149,18 @@ def make_collator(settings: Settings, parts: Parts) -> Collator:
     )
 
 
+def learned_density(scheduler: RenoisingScheduler) -> LearnedDensity:
+    """A learned density of times; before it has seen a loss it is even in recoverability."""
+    middles = (torch.arange(DENSITY_BINS, dtype=torch.float64) + 0.5) / DENSITY_BINS
+    size = scheduler.config.vocab_size
+    told = recoverability(scheduler.alpha_bar(middles), size)
+    return LearnedDensity(math.log(size) * (1 - told), scheduler.config.timestep_uniform_share)
+
+
 def make_loss(
-    settings: Settings, parts: Parts
+    settings: Settings, parts: Parts, density: LearnedDensity | None = None
 ) -> Callable[[torch.nn.Module, dict[str, torch.Tensor]], torch.Tensor]:
-    """(model, batch) -> loss."""
+    """(model, batch) -> loss; a learned density serves and learns in training mode."""
     if parts.scheduler is None:
         causal = settings.causal
         return partial(
@@ -158,6 +179,7 @@ def make_loss(
             self_conditioning_probability=diffusion.self_conditioning_probability,
             stratified=diffusion.stratified_timesteps,
             source_drop_probability=diffusion.source_drop_probability if model.training else 0.0,
+            density=density if model.training else None,
         )
 
     return loss

@@ -29,7 +29,7 @@ def measured(tmp_path, capsys):
         with pytest.raises(SystemExit):
             script("--help")
         words = set(re.findall(r"\w+", capsys.readouterr().out))
-        keys = set(figures) | set(figures["rows"][0]) | set(figures["environment"])
+        keys = set(figures).union(figures["environment"], *figures["rows"])
         assert keys <= words
         return figures, table
 
@@ -74,6 +74,29 @@ def test_loading_measures_peak_memory_against_the_size_of_the_tensors(measured):
         assert row["peak"] > 0.9 * figures["tensor_bytes"]  # the weights themselves are in it
         assert row["peak_share"] == pytest.approx(row["peak"] / figures["tensor_bytes"])
     assert "of the tensors' size" in table
+
+
+def test_vocabulary_compares_the_same_model_with_and_without_its_tensors(measured):
+    figures, table = measured("vocabulary", "--vocab_size", 4096, "--repeats", 1)
+    rows = {(row["part"], row.get("num_top")): row for row in figures["rows"]}
+    tops = [("embedding", num_top) for num_top in (16, 32, 64)]
+    assert list(rows) == [*tops, ("training", None), ("denoising", None)]
+    for (part, _), row in rows.items():
+        unit = "us" if part == "embedding" else "ms"
+        assert row[f"ours_{unit}"] > 0 and row[f"rival_{unit}"] > 0 and row["ratio"] > 0
+    for part in ("training", "denoising"):
+        tensor = 8 * 128 * 4096 * 4  # of the rival, who holds several
+        assert rows[part, None]["rival_peak"] > 2 * tensor
+        assert rows[part, None]["ours_peak"] < rows[part, None]["rival_peak"]
+    assert rows["denoising", None]["of_products"] > 1
+    assert "| 4096 | 64 |" in table and "training step" in table
+
+
+def test_law_tells_a_sampler_that_leaves_something_out(measured):
+    figures, table = measured("law", "--vocab_size", 300, "--width", 6, "--n", 1000)
+    told = {row["sampler"] for row in figures["rows"] if row["rejected"]}
+    assert told and all("without" in sampler for sampler in told)
+    assert {row["time"] for row in figures["rows"]} >= {0.05, 1.0} and "| t |" in table
 
 
 def test_a_wrong_request_is_one_sentence(tmp_path):

@@ -44,7 +44,8 @@ def checkpoints(tmp_path_factory):
     sizes = SIZES | {"vocab_size": len(tokenizer), "initializer_range": 0.3}
     limits = {"max_source_length": 16, "max_target_length": 12, "target_length_ratio": 1.0}
     denoiser = TessDenoiser(TessConfig(backbone_config=HybridConfig(**sizes), **limits))
-    save_parts(Parts(denoiser, tokenizer, RenoisingScheduler()), root / "tess")
+    scheduler = RenoisingScheduler(vocab_size=len(tokenizer))
+    save_parts(Parts(denoiser, tokenizer, scheduler), root / "tess")
     causal = HybridForCausalLM(HybridConfig(**sizes))
     causal.generation_config.max_new_tokens = 12
     save_parts(Parts(causal, tokenizer), root / "ar")
@@ -164,7 +165,8 @@ def test_padding_is_not_counted_wherever_it_stands(checkpoints, monkeypatch):
 
 def test_default_steps_fit_a_scheduler_with_few(checkpoints):
     parts = load_parts(checkpoints / "tess")
-    few = dataclasses.replace(parts, scheduler=RenoisingScheduler(num_train_timesteps=5))
+    scheduler = RenoisingScheduler.from_config(parts.scheduler.config, num_train_timesteps=5)
+    few = dataclasses.replace(parts, scheduler=scheduler)
     decoder = make_decoder(few)
     assert decoder.default_num_inference_steps == 5
     assert decoder.generate(["a cat"])[0].nfe == 5

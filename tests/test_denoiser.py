@@ -8,11 +8,10 @@ import torch
 from tess.arguments import DiffusionArguments
 from tess.backbones.causal_lm import HybridForCausalLM
 from tess.backbones.config import HybridConfig
-from tess.config import MIXING, SELF_CONDITIONING, TessConfig
+from tess.config import SELF_CONDITIONING, TessConfig
 from tess.denoiser import TessDenoiser
 from tess.schedulers.renoising import RenoisingScheduler
-from tess.schedulers.simplex import DenseSimplex
-from tess.self_conditioning import SelfConditioning
+from tess.self_conditioning import Prediction
 
 V, H, K = 40, 32, 5.0
 PATTERN = "M*-E"
@@ -34,14 +33,37 @@ def make(pattern: str = PATTERN, tie: bool = True, direction: str = "bidirection
         backbone_config=HybridConfig(
             **backbone(pattern, tie_word_embeddings=tie, mamba_direction=direction)
         ),
-        **{"max_source_length": 12, "max_target_length": 8} | settings,
+        **{"max_source_length": 12, "max_target_length": 8, "simplex_value": K} | settings,
     )
     return TessDenoiser(config).eval()
 
 
-def noised(ids: torch.Tensor, t: float = 0.4, keys: torch.Tensor | None = None):
-    keys = torch.arange(len(ids)) if keys is None else keys
-    return RenoisingScheduler().add_noise(ids, torch.full((len(ids),), t), keys=keys, vocab_size=V)
+SCHEDULERS = {
+    noise: RenoisingScheduler(vocab_size=V, simplex_value=K, noise=noise)
+    for noise in ("order_statistics", "dense")
+}
+
+
+def noised(ids: torch.Tensor, t: float = 0.4, noise: str = "order_statistics"):
+    times = torch.full((len(ids),), t)
+    return SCHEDULERS[noise].add_noise(ids, times, keys=torch.arange(len(ids)))
+
+
+def logits(model: TessDenoiser, *inputs, **more) -> torch.Tensor:
+    """The head's logits of one evaluation."""
+    return model.logits(model(*inputs, **more).last_hidden_state)
+
+
+def guess(model: TessDenoiser, batch: int, length: int) -> Prediction:
+    """A previous prediction, from random states."""
+    return model.predict(torch.randn(batch, length, H, dtype=model.dtype))
+
+
+def rows_of(prediction: Prediction, row: int, length: int) -> Prediction:
+    """One example of it, shortened."""
+    fields = {name: getattr(prediction, name) for name in ("token_ids", "embedding", "logits")}
+    cut = {n: None if t is None else t[row : row + 1, :length] for n, t in fields.items()}
+    return Prediction(**cut)
 
 
 def batch_of(lengths: list[tuple[int, int]]):
@@ -61,117 +83,12 @@ def batch_of(lengths: list[tuple[int, int]]):
 # --- golden values of the input ---
 
 
-def mixed_embedding(kind, mix, x, previous, weight, zeros):
-    """TESS's formulas (arXiv 2305.08379, section 3.3, and its table of options) in float64."""
-    a = x.exp() / x.exp().sum(-1, keepdim=True)
-    if previous is None:
-        logits = torch.zeros_like(x)
-    elif "projection" in kind:
-        logits = torch.full_like(x, -K)
-        logits.scatter_(-1, previous.argmax(-1, keepdim=True), K)
-    else:
-        logits = previous
-    b = logits.exp() / logits.exp().sum(-1, keepdim=True)
-    if previous is None and zeros:
-        b = torch.zeros_like(b)
-    combine = {
-        "logits_addition": lambda p, q: p + q,
-        "logits_with_projection_addition": lambda p, q: p + q,
-        "logits_mean": lambda p, q: (p + q) / 2,
-        "logits_max": lambda p, q: torch.where(p > q, p, q),
-        "logits_multiply": lambda p, q: p * q,
-    }[kind]
-    if mix == "logits":
-        both = combine(x, logits).exp()
-        return both / both.sum(-1, keepdim=True) @ weight
-    if mix == "probabilities":
-        return combine(a, b) @ weight
-    return combine(a @ weight, b @ weight)
-
-
-@pytest.mark.parametrize("absent", [False, True])
-@pytest.mark.parametrize(
-    "mix, zeros",
-    [
-        ("embeddings", False),
-        ("embeddings", True),
-        ("probabilities", False),
-        ("probabilities", True),
-        ("logits", False),  # zeros are excluded there
-    ],
-)
-@pytest.mark.parametrize("kind", MIXING)
-def test_mixed_embedding_has_the_values_of_the_formula(kind, mix, zeros, absent):
-    config = TessConfig(
-        backbone_config=backbone(),
-        self_conditioning=kind,
-        self_conditioning_mix=mix,
-        self_conditioning_zeros_after_softmax=zeros,
-    )
-    x, weight = 2 * torch.randn(2, 3, V), torch.randn(V, H)
-    previous = None if absent else 3 * torch.randn(2, 3, V)
-    got = SelfConditioning(config)(DenseSimplex(x), previous, weight)
-    expected = mixed_embedding(
-        kind, mix, x.double(), None if absent else previous.double(), weight.double(), zeros
-    )
-    torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("mlp", [False, True])
-@pytest.mark.parametrize("kind", ["logits", "logits_with_projection"])
-def test_concatenated_embedding_has_the_values_of_the_formula(kind, mlp):
-    config = TessConfig(
-        backbone_config=backbone(), self_conditioning=kind, self_conditioning_mlp=mlp
-    )
-    assert config.self_conditioning_mix == "embeddings"
-    module = SelfConditioning(config)
-    x, previous, weight = torch.randn(2, 3, V), torch.randn(2, 3, V), torch.randn(V, H)
-    logits = previous.double()
-    if kind == "logits_with_projection":
-        logits = torch.full_like(logits, -K).scatter_(-1, logits.argmax(-1, keepdim=True), K)
-    parts = [p.exp() / p.exp().sum(-1, keepdim=True) for p in (x.double(), logits)]
-    joined = torch.cat([p @ weight.double() for p in parts], dim=-1)
-    layers = [module.projection[0], module.projection[2]] if mlp else [module.projection]
-    expected = joined @ layers[0].weight.double().T
-    if mlp:
-        gelu = expected * 0.5 * (1 + torch.erf(expected / math.sqrt(2)))
-        expected = gelu @ layers[1].weight.double().T
-    got = module(DenseSimplex(x), previous, weight)
-    torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-5)
-
-
-def test_deepmind_embedding_has_the_values_of_the_formula():
-    config = TessConfig(backbone_config=backbone(), deepmind_conditional=True)
-    module = SelfConditioning(config)
-    x, previous, weight = torch.randn(2, 3, V), torch.randn(2, 3, V), torch.randn(V, H)
-    clean = torch.randn(2, 3, H)
-    is_noised = torch.tensor([[True, False, True], [False, False, True]])
-    a, b = (
-        p.double().exp() / p.double().exp().sum(-1, keepdim=True) @ weight.double()
-        for p in (x, previous)
-    )
-    m = is_noised[..., None].double().expand(2, 3, H)
-    joined = torch.cat([a * m, clean.double() * (1 - m), b * m, m], dim=-1)
-    expected = joined @ module.projection.weight.double().T
-    got = module(DenseSimplex(x), previous, weight, clean, is_noised)
-    torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-5)
-
-
-def test_projection_kinds_take_tokens_as_well_as_logits():
-    for kind in ("logits_with_projection", "logits_with_projection_addition"):
-        config = TessConfig(backbone_config=backbone(), self_conditioning=kind)
-        module = SelfConditioning(config)
-        x, previous, weight = torch.randn(2, 3, V), torch.randn(2, 3, V), torch.randn(V, H)
-        x = DenseSimplex(x)
-        assert torch.equal(module(x, previous, weight), module(x, previous.argmax(-1), weight))
-
-
 def test_time_is_added_to_noised_positions_only_and_context_is_the_clean_embedding():
     model = make(num_target_positions=8)
     ids = torch.randint(5, V, (2, 5))
     noise_mask = torch.tensor([[1, 0, 1, 1, 0], [0, 1, 1, 1, 1]])
     times = torch.tensor([0.25, 0.75])
-    sample = noised(ids)
+    sample = noised(ids, noise="dense")
     got = model._embed_target(sample, times, None, ids, noise_mask).detach().double()
 
     weight = model.backbone.embeddings.weight.detach().double()
@@ -198,31 +115,31 @@ def test_cached_source_equals_source_recomputed(encoding, direction):
     for t in (1.0, 0.5):
         inputs = dict(timesteps=torch.full((3,), t), previous=previous, target_mask=target_mask)
         sample = noised(target, t)
-        cached = model(sample, cache=cache, **inputs).logits
-        fresh = model(sample, source_ids=source, source_mask=source_mask, **inputs).logits
-        torch.testing.assert_close(cached, fresh, rtol=1e-5, atol=1e-5)
+        cached = model(sample, cache=cache, **inputs).last_hidden_state
+        fresh = model(sample, source_ids=source, source_mask=source_mask, **inputs)
+        torch.testing.assert_close(cached, fresh.last_hidden_state, rtol=1e-5, atol=1e-5)
         assert cache.get_seq_length() == length
-        previous = cached.detach()
+        previous = model.predict(cached)
 
 
 @pytest.mark.parametrize("encoding", ["causal", "bidirectional", "joint"])
-def test_prediction_of_an_example_ignores_its_neighbours(encoding):
+@pytest.mark.parametrize("noise", SCHEDULERS)
+def test_prediction_of_an_example_ignores_its_neighbours(encoding, noise):
     model = make(
         "M*-EM*", source_encoding=encoding, num_source_positions=12, num_target_positions=8
     )
     rows, source, source_mask, target, target_mask = batch_of([(5, 4), (9, 7), (2, 8)])
     times = torch.tensor([0.3, 0.6, 0.9])
-    sample = RenoisingScheduler().add_noise(target, times, keys=torch.arange(3), vocab_size=V)
-    previous = torch.randn(3, 8, V)
-    together = model(
-        sample, times, previous, None, source, source_mask, target_mask=target_mask
-    ).logits
+    sample = SCHEDULERS[noise].add_noise(target, times, keys=torch.arange(3))
+    previous = guess(model, 3, 8)
+    together = logits(
+        model, sample, times, previous, None, source, source_mask, target_mask=target_mask
+    )
     for i, (s, t) in enumerate(rows):
         length = t.shape[1]
-        alone = RenoisingScheduler().add_noise(
-            t, times[i : i + 1], keys=torch.tensor([i]), vocab_size=V
-        )
-        got = model(alone, times[i : i + 1], previous[i : i + 1, :length], source_ids=s).logits
+        alone = SCHEDULERS[noise].add_noise(t, times[i : i + 1], keys=torch.tensor([i]))
+        own = rows_of(previous, i, length)
+        got = logits(model, alone, times[i : i + 1], own, source_ids=s)
         torch.testing.assert_close(together[i : i + 1, :length], got, rtol=1e-4, atol=1e-4)
 
 
@@ -231,17 +148,17 @@ def test_joint_layout_lets_the_source_see_the_target_and_has_no_cache():
     source = torch.randint(5, V, (1, 6))
     assert model.encode_source(source, None) is None
     ids = torch.randint(5, V, (1, 4))
-    out = model(noised(ids), torch.tensor([0.5]), source_ids=source)
-    assert out.logits.shape == (1, 4, V) and out.last_hidden_state.shape == (1, 4, H)
-    other = model(noised(ids), torch.tensor([0.5]), source_ids=source.flip(1))
-    assert not torch.allclose(out.logits, other.logits)
+    out = model(noised(ids), torch.tensor([0.5]), source_ids=source).last_hidden_state
+    assert out.shape == (1, 4, H) and model.logits(out).shape == (1, 4, V)
+    other = model(noised(ids), torch.tensor([0.5]), source_ids=source.flip(1)).last_hidden_state
+    assert not torch.allclose(out, other)
 
 
 def test_source_changes_the_prediction_and_may_be_missing():
     model = make()
     ids, times = torch.randint(5, V, (2, 4)), torch.tensor([0.5, 0.5])
-    alone = model(noised(ids), times).logits
-    read = model(noised(ids), times, source_ids=torch.randint(5, V, (2, 6))).logits
+    alone = logits(model, noised(ids), times)
+    read = logits(model, noised(ids), times, source_ids=torch.randint(5, V, (2, 6)))
     assert alone.shape == read.shape == (2, 4, V) and not torch.allclose(alone, read)
 
 
@@ -258,12 +175,75 @@ def test_source_positions_count_from_the_first_token():
 
 def test_dense_sample_equals_noised_simplex_and_logits_are_float32():
     model = make(tie=False)
-    sample, times = noised(torch.randint(5, V, (2, 4))), torch.tensor([0.2, 0.8])
-    assert torch.equal(model(sample, times).logits, model(sample.logits(), times).logits)
+    sample = noised(torch.randint(5, V, (2, 4)), noise="dense")
+    times = torch.tensor([0.2, 0.8])
+    got, want = (model(x, times).last_hidden_state for x in (sample, sample.logits()))
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     half = model.to(torch.bfloat16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert half(sample, times).logits.dtype == torch.float32
+        assert logits(half, sample, times).dtype == torch.float32
         assert sample.logits().dtype == sample.probabilities().dtype == torch.float32
+
+
+def test_a_prediction_is_what_the_logits_say():
+    model = make(tie=False).double()
+    hidden = torch.randn(2, 4, H, dtype=torch.float64)
+    got, want = model.predict(hidden), model.logits(hidden).log_softmax(-1)
+    assert torch.equal(got.token_ids, want.argmax(-1)) and got.logits is None
+    torch.testing.assert_close(got.log_probs, want.amax(-1))
+    torch.testing.assert_close(got.entropies, -(want.exp() * want).sum(-1))
+    expected = want.exp().double() @ model.backbone.embeddings.weight
+    torch.testing.assert_close(got.embedding, expected, rtol=1e-5, atol=1e-5)
+    assert not got.embedding.requires_grad
+
+    # guidance chooses and measures by another state, and self-conditioning reads the own one
+    other = torch.randn(2, 4, H, dtype=torch.float64)
+    guided = model.predict(hidden, choice_BLH=other)
+    chosen = model.predict(other)
+    assert torch.equal(guided.token_ids, chosen.token_ids)
+    assert torch.equal(guided.entropies, chosen.entropies)
+    assert torch.equal(guided.embedding, got.embedding)
+    with pytest.raises(ValueError, match="logits must be finite; 1 of 8 rows have NaN"):
+        model.predict(hidden.masked_fill(torch.arange(8).view(2, 4, 1) == 1, math.nan))
+
+
+def test_a_prediction_has_what_the_self_conditioning_reads():
+    hidden = torch.randn(1, 3, H)
+    for kind, has in (
+        ("logits_mean", "embedding"), ("logits", "embedding"), ("logits_max", "logits"),
+        ("logits_with_projection", None), (None, None),
+    ):  # fmt: skip
+        model = make(self_conditioning=kind)
+        got = model.predict(hidden)
+        for name in ("embedding", "logits"):
+            assert (getattr(got, name) is not None) == (name == has), kind
+
+
+def test_the_loss_is_the_weighted_mean_of_the_tokens_cross_entropy():
+    model = make(tie=False)
+    ids, weights = torch.randint(5, V, (2, 4)), torch.tensor([[1.0, 2, 0, 1], [0.5, 0, 0, 3]])
+    inputs = (noised(ids), torch.tensor([0.2, 0.8]))
+    out = model(*inputs, labels=ids, loss_weights=weights)
+    each = -logits(model, *inputs).log_softmax(-1).gather(-1, ids[..., None])[..., 0] * weights
+    torch.testing.assert_close(out.token_losses, each)
+    torch.testing.assert_close(out.loss, each.sum() / weights.sum())
+    assert out.loss.requires_grad and not out.token_losses.requires_grad
+    plain = model(*inputs, labels=ids)
+    unweighted = model(*inputs, labels=ids, loss_weights=torch.ones(2, 4))
+    torch.testing.assert_close(plain.loss, unweighted.loss)
+    assert model(*inputs).loss is None
+
+
+def test_a_model_that_mixes_over_the_vocabulary_asks_for_dense_noise():
+    for settings in (
+        {"self_conditioning": "logits_max"}, {"self_conditioning": "logits_multiply"},
+        {"self_conditioning_mix": "logits"},
+    ):  # fmt: skip
+        model = make(**settings)
+        ids, times = torch.randint(5, V, (2, 4)), torch.tensor([0.5, 0.5])
+        with pytest.raises(ValueError, match='needs the whole simplex, which only noise="dense"'):
+            model(noised(ids), times)
+        assert model(noised(ids, noise="dense"), times).last_hidden_state.isfinite().all()
 
 
 @pytest.mark.parametrize("encoding", ["causal", "bidirectional", "joint"])
@@ -277,16 +257,18 @@ def test_every_parameter_is_trained_and_the_previous_prediction_is_not(kind, enc
         **settings,
     ).train()  # fmt: skip
     _, source, source_mask, target, target_mask = batch_of([(5, 4), (12, 8)])
-    sample = RenoisingScheduler().add_noise(target, torch.tensor([0.3, 0.7]), torch.randn(2, 8, V))
-    previous = torch.randn(2, 8, V, requires_grad=True)
+    sample = SCHEDULERS["dense"].add_noise(target, torch.tensor([0.3, 0.7]), keys=torch.arange(2))
+    hidden = torch.randn(2, 8, H, requires_grad=True)
+    previous = model.predict(hidden)
     noise_mask = target_mask.clone()
     noise_mask[:, 1] = 0
     out = model(
         sample, torch.tensor([0.3, 0.7]), previous, None, source, source_mask,
         target_mask=target_mask, clean_ids=target, noise_mask=noise_mask,
+        labels=target, loss_weights=target_mask.float(),
     )  # fmt: skip
-    out.logits[target_mask.bool()].square().mean().backward()
-    assert previous.grad is None
+    out.loss.backward()
+    assert hidden.grad is None
     untrained = [
         name
         for name, parameter in model.named_parameters()
@@ -300,7 +282,7 @@ def test_source_gets_gradients_through_the_cache():
     _, source, source_mask, target, target_mask = batch_of([(5, 4), (9, 7)])
     cache = model.encode_source(source, source_mask)
     out = model(noised(target), torch.rand(2), cache=cache, target_mask=target_mask)
-    out.logits.square().mean().backward()
+    out.last_hidden_state.square().mean().backward()
     used = model.source_positions.weight.grad[:9].abs().sum(-1)
     assert (used > 0).all() and model.source_positions.weight.grad[9:].abs().sum() == 0
 
@@ -310,7 +292,8 @@ def test_head_is_the_word_embedding_when_tied():
     assert tied.lm_head is None and own.lm_head.weight.shape == (V, H)
     out = tied(noised(torch.randint(5, V, (1, 3))), torch.tensor([0.5]))
     expected = out.last_hidden_state @ tied.get_input_embeddings().weight.T
-    torch.testing.assert_close(out.logits, expected, rtol=1e-5, atol=1e-5)
+    got = tied.logits(out.last_hidden_state)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
 # --- label shift ---
@@ -361,12 +344,13 @@ def test_clean_targets_are_predicted_as_by_the_causal_model(encoding, positions,
     )  # fmt: skip
     got, unshifted = shifted(**inputs), plain(**inputs)
     for i, (s, t) in enumerate(rows):
-        states, logits = causal_states(shifted, s, t)
-        length = t.shape[1]
-        assert relative_error(got.last_hidden_state[i : i + 1, :length], states) < 1e-10
+        states, want = causal_states(shifted, s, t)
+        own = got.last_hidden_state[i : i + 1, : t.shape[1]]
+        assert relative_error(own, states) < 1e-10
         # logits are rounded to float32
-        assert relative_error(got.logits[i : i + 1, :length], logits) < 1e-6
-        assert relative_error(unshifted.logits[i : i + 1, :length], logits) > 0.1
+        assert relative_error(shifted.logits(own), want) < 1e-6
+        other = unshifted.last_hidden_state[i : i + 1, : t.shape[1]]
+        assert relative_error(plain.logits(other), want) > 0.1
 
 
 @pytest.mark.parametrize("direction", ["forward", "bidirectional", "gated"])
@@ -386,10 +370,9 @@ def test_label_shift_with_a_cache_equals_the_source_recomputed(direction, length
         cached = model(cache=cache, **inputs)
         fresh = model(**inputs)
         assert relative_error(cached.last_hidden_state, fresh.last_hidden_state) < 1e-12
-        assert cached.logits.shape == (*target.shape, V)
         assert cached.last_hidden_state.shape == (*target.shape, H)
         assert cache.get_seq_length() == length
-        previous = cached.logits.detach()
+        previous = model.predict(cached.last_hidden_state)
 
 
 def test_label_shift_reads_only_the_last_column_beside_a_cache():
@@ -413,19 +396,19 @@ def test_label_shift_reads_only_the_last_column_beside_a_cache():
 def test_prediction_with_label_shift_ignores_the_neighbours(encoding, direction):
     model = shifting(source_encoding=encoding, direction=direction)
     rows, source, source_mask, target, target_mask = batch_of([(5, 4), (9, 7), (1, 8), (2, 1)])
-    times, previous = torch.tensor([0.3, 0.6, 0.9, 0.1]), torch.randn(4, 8, V)
-    sample = RenoisingScheduler().add_noise(target, times, keys=torch.arange(4), vocab_size=V)
+    times, previous = torch.tensor([0.3, 0.6, 0.9, 0.1]), guess(model, 4, 8)
+    scheduler = SCHEDULERS["order_statistics"]
+    sample = scheduler.add_noise(target, times, keys=torch.arange(4))
     together = model(
         sample, times, previous, None, source, source_mask, target_mask=target_mask
     ).last_hidden_state
     for i, (s, t) in enumerate(rows):
         length = t.shape[1]
-        alone = RenoisingScheduler().add_noise(
-            t, times[i : i + 1], keys=torch.tensor([i]), vocab_size=V
-        )
-        got = model(alone, times[i : i + 1], previous[i : i + 1, :length], source_ids=s)
+        alone = scheduler.add_noise(t, times[i : i + 1], keys=torch.tensor([i]))
+        own = rows_of(previous, i, length)
+        got = model(alone, times[i : i + 1], own, source_ids=s)
         error = relative_error(together[i : i + 1, :length], got.last_hidden_state)
-        assert error < 1e-6  # the mixed probabilities are float32
+        assert error < 1e-10
 
 
 @pytest.mark.parametrize("encoding", ["causal", "joint"])
@@ -481,7 +464,7 @@ def test_checkpoint_comes_back_equal(tmp_path, tie, kind):
     for name, tensor in before.items():
         assert torch.equal(tensor, after[name]), name
     sample, times = noised(torch.randint(5, V, (2, 4))), torch.tensor([0.2, 0.8])
-    assert torch.equal(model(sample, times).logits, loaded(sample, times).logits)
+    assert torch.equal(logits(model, sample, times), logits(loaded, sample, times))
 
 
 @pytest.mark.parametrize("label_shift", [False, True])
@@ -492,7 +475,7 @@ def test_label_shift_comes_back_with_the_checkpoint(tmp_path, label_shift):
     assert loaded.config.label_shift is label_shift
     sample, times = noised(torch.randint(5, V, (2, 4))), torch.tensor([0.2, 0.8])
     source = torch.randint(5, V, (2, 3))
-    got = [m(sample, times, source_ids=source).logits for m in (model, loaded)]
+    got = [logits(m, sample, times, source_ids=source) for m in (model, loaded)]
     assert torch.equal(*got)
 
 
@@ -516,6 +499,7 @@ def test_checkpoint_with_missing_or_unknown_tensors_is_refused_by_name(tmp_path)
         ({"self_conditioning": "mean"}, "self_conditioning must be one of None, logits, .*'mean'"),
         ({"source_encoding": "both"}, "source_encoding must be one of causal, bidirectional"),
         ({"simplex_value": 0.0}, "simplex_value must be above 0"),
+        ({"simplex_value": "big"}, "simplex_value must be a number or \"auto\", got 'big'"),
         ({"self_conditioning": "logits", "self_conditioning_mix": "logits"}, "needs .*embeddings"),
         ({"self_conditioning": None, "deepmind_conditional": True}, "needs self_conditioning"),
         ({"self_conditioning_mlp": True}, "self_conditioning_mlp works with"),
@@ -550,28 +534,3 @@ def test_a_canvas_beyond_the_learned_positions_is_refused():
             torch.tensor([0.5]),
             clean_ids=torch.zeros(1, 4, dtype=torch.long),
         )
-
-
-@pytest.mark.parametrize(
-    ("settings", "absent", "dense"),
-    [
-        ({"self_conditioning": None}, True, False),
-        ({"self_conditioning": "logits_mean"}, True, False),
-        ({"self_conditioning": "logits"}, False, False),
-        ({"self_conditioning": "logits_mean"}, False, True),
-    ],
-)
-def test_only_kinds_that_mix_over_the_vocabulary_ask_for_the_dense_simplex(settings, absent, dense):
-    class Watched(DenseSimplex):
-        def probabilities(self):
-            asked.append(True)
-            return super().probabilities()
-
-        def embedding(self, weight_VH):
-            return DenseSimplex(self.values).embedding(weight_VH)
-
-    asked = []
-    module = SelfConditioning(TessConfig(backbone_config=backbone(), **settings))
-    simplex, weight = Watched(torch.randn(2, 3, V)), torch.randn(V, H)
-    module(simplex, None if absent else torch.randn(2, 3, V), weight)
-    assert bool(asked) == dense

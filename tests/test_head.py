@@ -231,6 +231,22 @@ def test_a_kept_graph_gives_the_same_gradients_again_and_no_second_derivative():
             twice.sum().backward()
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_token_losses_come_beside_the_loss(reduction):
+    hidden, weight, ids, weights = head_inputs()
+    options = {"weights_T": weights, "slab_bytes": slab_of(5, VOCAB)}
+    loss, each = linear_cross_entropy(
+        hidden, weight, ids, reduction=reduction, return_token_losses=True, **options
+    )
+    assert torch.equal(each, linear_cross_entropy(hidden, weight, ids, reduction="none", **options))
+    assert torch.equal(
+        loss, linear_cross_entropy(hidden, weight, ids, reduction=reduction, **options)
+    )
+    assert not each.requires_grad and each.shape == ids.shape
+    assert (each[ids == -100] == 0).all() and (each[weights == 0] == 0).all()
+    torch.autograd.grad(loss.sum(), (hidden, weight))
+
+
 @pytest.mark.parametrize("dtype, least", [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_errors_are_no_larger_than_those_of_whole_logits(dtype, least, reduction):

@@ -9,7 +9,8 @@ from tess.backbones.config import HybridConfig
 from tess.config import TessConfig
 from tess.denoiser import TessDenoiser
 from tess.errors import UserError
-from tess.objectives import ar_loss, sample_timesteps, tess_loss, weighted_cross_entropy
+from tess.objectives import ar_loss, sample_uniforms, tess_loss
+from tess.schedulers.density import LearnedDensity
 from tess.schedulers.renoising import RenoisingScheduler
 
 BOS, EOS, V = 1, 2, 40
@@ -20,7 +21,7 @@ SIZES = {
     "chunk_size": 8, "n_routed_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16,
     "moe_shared_expert_intermediate_size": 16, "tie_word_embeddings": True,
 }  # fmt: skip
-SCHEDULER = RenoisingScheduler()
+SCHEDULER = RenoisingScheduler(vocab_size=V)
 
 
 def denoiser(**settings):
@@ -48,27 +49,13 @@ def pairs():
     }  # fmt: skip
 
 
-def test_times_are_uniform_and_stratified_in_random_order():
-    times = torch.stack([sample_timesteps(8) for _ in range(400)])
+def test_uniforms_are_uniform_and_stratified_in_random_order():
+    times = torch.stack([sample_uniforms(8) for _ in range(400)])
     assert (times > 0).all() and (times <= 1).all()
     parts = (times * 8).ceil().sort(dim=1).values
     assert torch.equal(parts, torch.arange(1.0, 9).expand_as(parts))
     assert times[:, 0].mean() == pytest.approx(0.5, abs=0.05)
-    assert sample_timesteps(4000, stratified=False).mean() == pytest.approx(0.5, abs=0.03)
-
-
-def test_weighted_mean_is_the_mean_over_weighted_tokens():
-    logits, ids = torch.randn(2, 3, V), torch.randint(V, (2, 3))
-    weights = torch.tensor([[1.0, 0.5, 0.0], [0.0, 0.0, 2.0]])
-    want = (
-        sum(
-            weights[b, i] * -logits[b, i].log_softmax(-1)[ids[b, i]]
-            for b in range(2)
-            for i in range(3)
-        )
-        / weights.sum()
-    )
-    assert weighted_cross_entropy(logits, ids, weights) == pytest.approx(want.item(), rel=1e-6)
+    assert sample_uniforms(4000, stratified=False).mean() == pytest.approx(0.5, abs=0.03)
 
 
 @pytest.mark.parametrize("label_shift", [False, True])
@@ -76,13 +63,8 @@ def test_padding_does_not_change_the_loss(label_shift):
     model, batch = denoiser(label_shift=label_shift).eval(), pairs()
 
     def loss(batch):
-        with pytest.MonkeyPatch.context() as patch:
-            # Noise that is the same at the same (example, position, token), whatever the width.
-            torch.manual_seed(3)
-            noise = torch.randn(2, 9, V)
-            patch.setattr(torch, "randn", lambda b, length, v, device=None: noise[:b, :length])
-            torch.manual_seed(4)
-            return tess_loss(model, SCHEDULER, batch).item()
+        torch.manual_seed(4)
+        return tess_loss(model, SCHEDULER, batch, self_conditioning_probability=1.0).item()
 
     wider = {name: F.pad(t, (3, 0) if "source" in name else (0, 3)) for name, t in batch.items()}
     assert loss(wider) == pytest.approx(loss(batch), rel=1e-5)
@@ -143,6 +125,58 @@ def test_the_first_pass_has_no_gradient_and_matters():
     plain.register_forward_hook(lambda *_: calls.append(1))
     tess_loss(plain, SCHEDULER, batch, self_conditioning_probability=1.0)
     assert len(calls) == 1
+
+
+def test_times_come_from_the_scheduler_s_density_or_the_given_one(monkeypatch):
+    model, batch = denoiser().train(), pairs()
+    seen = []
+    add_noise = RenoisingScheduler.add_noise
+
+    def watch(self, ids, timesteps, **kwargs):
+        seen.append(timesteps)
+        return add_noise(self, ids, timesteps, **kwargs)
+
+    monkeypatch.setattr(RenoisingScheduler, "add_noise", watch)
+    density = LearnedDensity(torch.tensor([0.0, 0.0, 0.0, 1.0]))
+    uniform = RenoisingScheduler(vocab_size=V, timestep_density="uniform")
+    before = density.losses.clone()
+    for scheduler, given in ((uniform, None), (SCHEDULER, None), (SCHEDULER, density)):
+        torch.manual_seed(0)
+        tess_loss(model, scheduler, batch, density=given)
+    torch.testing.assert_close(SCHEDULER.density().sample(seen[0]), seen[1])
+    learned = LearnedDensity(torch.tensor([0.0, 0.0, 0.0, 1.0]))
+    torch.testing.assert_close(learned.sample(seen[0]), seen[2])
+
+    # it has taken in each example's own mean loss, and learns nothing without gradients
+    bins = (seen[2] * 4).long().clamp(max=3).tolist()
+    assert all((density.losses[i] != before[i]) == (i in bins) for i in range(4))
+    after = density.losses.clone()
+    with torch.no_grad():
+        tess_loss(model, SCHEDULER, batch, density=density)
+    assert torch.equal(density.losses, after)
+
+
+def test_the_loss_equals_that_of_materialised_tensors():
+    """The same noise, dense, through logits, softmax and torch's cross-entropy."""
+    model, batch = denoiser(self_conditioning=None).eval(), pairs()
+    scheduler = RenoisingScheduler(vocab_size=V, noise="dense")
+    torch.manual_seed(0)
+    got = tess_loss(model, scheduler, batch)
+    torch.manual_seed(0)
+    times = scheduler.training_timesteps(sample_uniforms(2))
+    keys = torch.randint(2**63 - 1, (2,))
+    dense = scheduler.add_noise(batch["target_ids"], times, keys=keys).logits()
+    source = {name: batch[name] for name in ("source_ids", "source_mask")}
+    hidden = model(dense, times, target_mask=batch["target_mask"], **source).last_hidden_state
+    losses = F.cross_entropy(
+        model.logits(hidden).transpose(1, 2), batch["target_ids"], reduction="none"
+    )
+    want = (losses * batch["loss_weights"]).sum() / batch["loss_weights"].sum()
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    gradients = [
+        torch.autograd.grad(loss, model.backbone.embeddings.weight)[0] for loss in (got, want)
+    ]
+    assert (gradients[0] - gradients[1]).norm() < 1e-4 * gradients[1].norm()
 
 
 def test_dropped_sources_are_the_empty_source():

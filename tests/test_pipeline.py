@@ -30,7 +30,8 @@ def tokenizer():
     return train_tokenizer([" ".join(WORDS)] * 20, 300)
 
 
-def make(tokenizer, **settings) -> TessPipeline:
+def make(tokenizer, process=None, **settings) -> TessPipeline:
+    """A pipeline of random weights; `process` has settings of the scheduler."""
     torch.manual_seed(5)
     config = TessConfig(
         backbone_config=HybridConfig(
@@ -47,7 +48,10 @@ def make(tokenizer, **settings) -> TessPipeline:
         }
         | settings,
     )  # fmt: skip
-    pipeline = TessPipeline(TessDenoiser(config).eval(), RenoisingScheduler(), tokenizer)
+    scheduler = RenoisingScheduler(
+        vocab_size=config.vocab_size, simplex_value=config.simplex_value, **process or {}
+    )
+    pipeline = TessPipeline(TessDenoiser(config).eval(), scheduler, tokenizer)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -63,10 +67,17 @@ def run(pipeline: TessPipeline, prompts, **arguments) -> TessPipelineOutput:
 # --- batch and order ---
 
 
+DENSE = {"noise": "dense"}
+
+
 @pytest.mark.parametrize(
     "settings, arguments",
     [
         ({}, {}),
+        ({"process": DENSE}, {}),
+        ({"process": {"timestep_spacing": "uniform", "num_top": 4}}, {"top_p": 0.95}),
+        ({"process": DENSE, "self_conditioning": "logits_max"}, {}),
+        ({"process": DENSE, "self_conditioning_mix": "logits"}, {"guidance_scale": 2.0}),
         ({"source_encoding": "bidirectional"}, {"num_inference_steps": 20}),
         ({"source_encoding": "joint"}, {}),
         ({}, {"top_p": 0.9, "temperature": 1.5}),
@@ -201,10 +212,48 @@ def test_callback_sees_each_step_and_may_replace_the_logits(tokenizer):
         callback_on_step_end=watch,
         callback_on_step_end_tensor_inputs=["token_ids", "logits"],
     )
-    length = changed.sequences.shape[1]
-    shape = (2, length, len(tokenizer))
-    assert seen == [(0, 1.0, shape), (1, 0.75, shape), (2, 0.5, shape), (3, 0.25, shape)]
+    shape = (2, changed.sequences.shape[1], len(tokenizer))
+    times = pipeline.scheduler.timesteps.tolist()
+    assert seen == [(step, times[step], shape) for step in range(4)] and times[0] == 1
     assert changed.texts != run(pipeline, PROMPTS[:2], num_inference_steps=4).texts
+
+
+@pytest.mark.parametrize(
+    "kind, returned, message",
+    [
+        ("logits_mean", "entropies", "may return token_ids and logits, got entropies"),
+        ("logits_with_projection", "logits", "'logits_with_projection' does not read"),
+        (None, "logits", "self_conditioning=None does not read"),
+    ],
+)
+def test_what_a_callback_returns_is_used_or_refused(tokenizer, kind, returned, message):
+    def give(pipe, step, timestep, tensors):
+        return {returned: tensors["token_ids"]}
+
+    with pytest.raises(UserError, match=message):
+        run(make(tokenizer, self_conditioning=kind), "a cat", callback_on_step_end=give)
+
+
+def test_callback_may_replace_tokens_and_sees_what_was_predicted(tokenizer):
+    pipeline = make(tokenizer)
+    names = ["token_ids", "log_probs", "entropies", "hidden_state", "logits"]
+
+    def force(pipe, step, timestep, tensors):
+        log_probs = tensors["logits"].log_softmax(-1)
+        chosen = log_probs.gather(-1, tensors["token_ids"][..., None])[..., 0]
+        torch.testing.assert_close(tensors["log_probs"], chosen)
+        entropies = -(log_probs.exp() * log_probs).sum(-1)
+        torch.testing.assert_close(tensors["entropies"], entropies)
+        assert tensors["hidden_state"].shape == (*chosen.shape, 32)
+        return {"token_ids": torch.full_like(tensors["token_ids"], 7)}
+
+    out = run(
+        pipeline, PROMPTS[:2], callback_on_step_end=force,
+        callback_on_step_end_tensor_inputs=names,
+    )  # fmt: skip
+    lengths = pipeline.target_lengths(pipeline._sources(PROMPTS[:2], None, False), None)
+    for row, length in zip(out.sequences, lengths):
+        assert (row[:length] == 7).all()
 
 
 def test_source_is_encoded_once(tokenizer, monkeypatch):
@@ -233,12 +282,16 @@ def test_guidance_is_linear_in_log_probabilities(tokenizer):
         callback_on_step_end=watch,
     )  # fmt: skip
     seed = int(torch.randint(2**63 - 1, (), generator=seeded()))
-    sample = pipeline.scheduler.initial((1, 9), len(tokenizer), example_keys([source], seed))
+    sample = pipeline.scheduler.initial((1, 9), example_keys([source], seed))
     assert isinstance(sample, NoisedSimplex)
     with torch.no_grad():
         c, u = (
-            pipeline.denoiser(sample, torch.ones(1), source_ids=torch.tensor([ids]))
-            .logits.double()
+            pipeline.denoiser.logits(
+                pipeline.denoiser(
+                    sample, torch.ones(1), source_ids=torch.tensor([ids])
+                ).last_hidden_state
+            )
+            .double()
             .log_softmax(-1)
             for ids in (source, [1, 2])
         )
@@ -274,7 +327,8 @@ def test_loaded_weights_are_float32_unless_another_type_is_named(tokenizer, tmp_
 def test_default_steps_are_16_or_all_training_steps(tokenizer):
     pipeline = make(tokenizer)
     assert pipeline("a dog").nfe == [16]
-    few = TessPipeline(pipeline.denoiser, RenoisingScheduler(num_train_timesteps=5), tokenizer)
+    scheduler = RenoisingScheduler.from_config(pipeline.scheduler.config, num_train_timesteps=5)
+    few = TessPipeline(pipeline.denoiser, scheduler, tokenizer)
     few.set_progress_bar_config(disable=True)
     assert few("a dog").nfe == [5]
 
@@ -296,7 +350,13 @@ def test_components_must_fit_each_other(tokenizer):
     with pytest.raises(UserError, match="vocabulary mismatch: the tokenizer has 261 ids"):
         TessPipeline(pipeline.denoiser, pipeline.scheduler, small)
     with pytest.raises(UserError, match="simplex_value mismatch: the scheduler has 4.0"):
-        TessPipeline(pipeline.denoiser, RenoisingScheduler(simplex_value=4.0), tokenizer)
+        scheduler = RenoisingScheduler(vocab_size=len(tokenizer), simplex_value=4.0)
+        TessPipeline(pipeline.denoiser, scheduler, tokenizer)
+    with pytest.raises(UserError, match="vocab_size mismatch: the scheduler has 77"):
+        scheduler = RenoisingScheduler.from_config(pipeline.scheduler.config, vocab_size=77)
+        TessPipeline(pipeline.denoiser, scheduler, tokenizer)
+    with pytest.raises(UserError, match="'logits_multiply' .* needs the whole simplex: .*dense"):
+        make(tokenizer, self_conditioning="logits_multiply")
 
 
 # --- bad input ---
@@ -327,7 +387,7 @@ def test_components_must_fit_each_other(tokenizer):
         ({"prompt": "a", "output_type": "list"}, "output_type must be 'text' or 'seq'"),
         (
             {"prompt": "a", "callback_on_step_end_tensor_inputs": ["latents"]},
-            "may name token_ids, logits, got latents",
+            "may name token_ids, log_probs, entropies, hidden_state, logits, got latents",
         ),
     ],
 )

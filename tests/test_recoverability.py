@@ -76,11 +76,11 @@ def test_recoverability_is_what_drawn_noise_gives(vocab_size, samples):
 @pytest.mark.parametrize("vocab_size, rows", [(50, 40_000), (4096, 1_000)])
 @pytest.mark.parametrize("simplex_value", [1.0, 5.0])
 def test_recoverability_is_the_accuracy_of_the_noised_simplex(vocab_size, rows, simplex_value):
-    scheduler = RenoisingScheduler(simplex_value=simplex_value)
+    scheduler = RenoisingScheduler(vocab_size=vocab_size, simplex_value=simplex_value)
     time = float(time_of_recoverability(0.6, scheduler.alpha_bar, vocab_size))
     ids = torch.randint(vocab_size, (1, rows))
     noised = scheduler.add_noise(ids, torch.tensor([time]), torch.randn(1, rows, vocab_size))
-    right = (noised.logits().argmax(dim=-1) == ids).double()[0]
+    right = (noised.argmax(dim=-1) == ids).double()[0]
     assert standard_errors(right, 0.6) < 4
     # half the gap would be another schedule altogether
     half = float(recoverability(share_of_gap(0.5 * gap_of(scheduler, time)), vocab_size))
@@ -179,13 +179,26 @@ def test_the_grid_has_equal_steps_of_recoverability_from_pure_noise_to_clean_tex
 
 
 def test_the_grid_follows_other_schedules():
-    scheduler = RenoisingScheduler(beta_schedule="linear")
+    scheduler = RenoisingScheduler(vocab_size=RELEASED, beta_schedule="linear")
     grid = recoverability_grid(8, scheduler.alpha_bar, 1000)
     levels = recoverability(scheduler.alpha_bar(grid), 1000)
     assert (levels[1:] - torch.arange(1, 8) / 8).abs().max() < 2e-3
 
 
 # --- density ---
+
+
+@pytest.mark.parametrize("uniform_share", [0.0, 0.3, 1.0])
+def test_a_grid_with_a_uniform_share_has_equal_steps_of_the_mixture(uniform_share):
+    scheduler = RenoisingScheduler(vocab_size=RELEASED)
+    times = recoverability_grid(16, scheduler.alpha_bar, RELEASED, uniform_share)
+    told = recoverability(scheduler.alpha_bar(times), RELEASED)
+    done = (1 - uniform_share) * (told - told[0]) / (1 - told[0]) + uniform_share * (1 - times)
+    want = torch.arange(16, dtype=torch.float64) / 16
+    torch.testing.assert_close(done, want, rtol=0, atol=1e-9)
+    if uniform_share > 0:  # the quantiles of the density of training times
+        density = RecoverabilityDensity(scheduler.alpha_bar, RELEASED, uniform_share)
+        torch.testing.assert_close(density.sample(1 - want), times, rtol=0, atol=1e-3)
 
 
 def test_the_density_is_that_of_its_samples():

@@ -28,16 +28,19 @@ from tess.roofline import (
     conv_bytes_per_sequence,
     denoise_step,
     draft_pass,
+    expected_embedding_cost,
     kv_bytes_per_token,
     mtp_round,
     mtp_weights,
+    noised_embedding_cost,
     pass_time,
     roofline,
-    soft_embedding_cost,
     ssm_bytes_per_sequence,
     touched_share,
     verify_pass,
 )
+from tess.schedulers.renoising import RenoisingScheduler
+from tess.schedulers.simplex import NUM_TOP
 
 TINY = {
     "vocab_size": 31, "hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1,
@@ -77,8 +80,10 @@ def test_a_denoising_step_by_hand():
     cost = denoise_step(tiny(chunk_size=4), batch=2, source=10, target=6)
     experts = 4 * EXPERT * (1 - 0.75**12)
     weights = 2 * (MAMBA + ATTENTION + SHARED + experts + HEAD + 31 * 16)
-    assert cost.bytes == pytest.approx(weights + 2 * STATE + 2 * 10 * KEYS)
+    noised = 2 * (31 * 16 + 16 * 16)  # twelve times 33 rows: all there are, and the bulk's factor
+    assert cost.bytes == pytest.approx(weights + noised + 2 * STATE + 2 * 10 * KEYS)
     products = 2 * 12 * (MAMBA + ATTENTION + SHARED + EXPERT + HEAD + 31 * 16)
+    products += 2 * 12 * (33 * 16 + 16 * 16)
     attention = 12 * 4 * 16 * 16
     scan = 12 * (2 * 4 * (4 * 1 + 16) + 4 * 4 * 16)
     assert cost.flops == products + attention + scan
@@ -105,13 +110,14 @@ def test_a_tied_table_is_read_once_and_multiplied_as_often():
         assert step(tied, *args).bytes < step(untied, *args).bytes
         assert step(tied, *args).flops == step(untied, *args).flops
     difference = denoise_step(untied, 2, 10, 6).bytes - denoise_step(tied, 2, 10, 6).bytes
-    assert difference == 2 * 31 * 16
+    assert difference == 2 * 31 * 16 + 2 * 31 * 16  # for both ends of the network
 
 
 def test_without_a_cache_the_source_goes_through_the_stack_in_every_step():
     cached, joint = (denoise_step(tiny(), 2, 10, 6, joint=joint) for joint in (False, True))
     alone = denoise_step(tiny(), 2, 0, 16)  # sixteen positions and nothing cached
-    vocabulary = 2 * 2 * 10 * (HEAD + 31 * 16)  # but logits and soft embeddings of six only
+    # but logits and embeddings of six only
+    vocabulary = 2 * 2 * 10 * (HEAD + 31 * 16 + 16 * (NUM_TOP + 1 + 16))
     assert joint.flops == alone.flops - vocabulary > cached.flops
     assert joint.bytes == alone.bytes
 
@@ -170,17 +176,27 @@ def wide_denoising(direction):
     config = HybridConfig(**WIDE, mamba_direction=direction)
     model = TessDenoiser(TessConfig(backbone_config=config)).double().eval()
     saved = model.encode_source(torch.ones(2, 40, dtype=torch.long), None)
-    noised = torch.randn(2, 24, 512, dtype=torch.float64)
-    return config, counted(lambda: model(noised, torch.ones(2), noised, cache=saved))
+    scheduler = RenoisingScheduler(vocab_size=512, num_top=NUM_TOP)
+    sample = scheduler.initial((2, 32), torch.arange(2))
+
+    def step(previous):
+        hidden = model(sample, torch.ones(2), previous, cache=saved).last_hidden_state
+        return model.predict(hidden)
+
+    with torch.no_grad():
+        previous = step(None)  # computes the embedding's moments, which the next steps read
+    return config, counted(lambda: step(previous))
 
 
 @pytest.mark.parametrize("direction", ["forward", "bidirectional"])
 def test_a_denoising_step_has_the_operations_that_really_run(direction):
     config, ran = wide_denoising(direction)
-    cost = denoise_step(config, batch=2, source=40, target=24)
-    assert ran == pytest.approx(cost.flops, rel=0.01)
-    without_soft_embedding = cost.flops - soft_embedding_cost(config, 2 * 24).flops
-    assert ran != pytest.approx(without_soft_embedding, rel=0.01)
+    cost = denoise_step(config, batch=2, source=40, target=32)
+    weighted_rows = 2 * 2 * 32 * config.hidden_size * (NUM_TOP + 1)  # the counter leaves them out
+    assert ran == pytest.approx(cost.flops - weighted_rows, rel=0.01)
+    for part in (expected_embedding_cost, noised_embedding_cost):
+        without = cost.flops - part(config, 2 * 32).flops
+        assert ran != pytest.approx(without, rel=0.01), part
 
 
 def test_decoding_has_the_operations_that_really_run():

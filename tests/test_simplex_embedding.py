@@ -1,6 +1,9 @@
-"""Laws of the embedding of a noised simplex: dense in tiles, and drawn by order statistics."""
+"""The embedding of a noised simplex: dense in tiles, drawn by order statistics, and gradients.
 
-# B examples, L positions, V vocabulary, H width, K top tokens, D projections, N samples
+That both are equal in law is tested in test_simplex_law.py.
+"""
+
+# B examples, L positions, V vocabulary, H width, K top tokens, N samples
 
 import math
 
@@ -11,17 +14,21 @@ from tess.kernels import random, reference
 from tess.kernels import simplex_embedding as module
 from tess.kernels.order_statistics import (
     LargestNormals,
-    TokenWeights,
     _candidates,
     largest_normals,
     token_weights,
 )
 from tess.kernels.simplex_embedding import EmbeddingMoments, embedding_moments, simplex_embedding
 from tess.schedulers.simplex import NoisedSimplex
+from tess.two_sample import (
+    kolmogorov_smirnov,
+    kolmogorov_smirnov_bound,
+    law_samples,
+    trained_like,
+)
 
 NOISES = ("order_statistics", "dense")
 SIMPLEX_VALUE = 5.0
-SIGMAS = (0.8, 2.3, 3.5, 5.0)
 TOKEN = 7
 
 
@@ -70,7 +77,7 @@ def test_dense_embedding_equals_the_softmax_of_the_dense_simplex(vocabulary, dty
 
     simplex = NoisedSimplex(
         ids, signal / SIMPLEX_VALUE, noise / SIMPLEX_VALUE, SIMPLEX_VALUE, vocabulary,
-        keys=arguments["keys_B"], counter=4,
+        keys=arguments["keys_B"], counter=4, noise="dense",
     )  # fmt: skip
     assert relative(got, simplex.embedding(arguments["weight_VH"])) < 3e-6
 
@@ -171,19 +178,6 @@ def rows_of(count, seed=0):
     return torch.full((count,), 12_345 + seed), torch.arange(count)
 
 
-def ks(a_N, b_N):
-    """Two-sample Kolmogorov-Smirnov statistic, times sqrt(n / 2)."""
-    values, order = torch.cat([a_N, b_N]).sort()
-    step = torch.cat([torch.ones(len(a_N)), -torch.ones(len(b_N))])[order] / len(a_N)
-    last_of_equal = torch.cat([values.diff() > 0, torch.tensor([True])])
-    return step.cumsum(0)[last_of_equal].abs().max().item() * math.sqrt(len(a_N) / 2)
-
-
-def ks_bound(tests, level=1e-3):
-    """What `ks` exceeds with probability `level` in the largest of so many tests."""
-    return math.sqrt(-math.log(level / tests / 2) / 2)
-
-
 @pytest.mark.parametrize("count, num_top", [(50, 6), (6, 6), (1, 1)])
 def test_top_normals_have_the_law_of_sorted_normals(count, num_top):
     size = 20_000
@@ -191,13 +185,13 @@ def test_top_normals_have_the_law_of_sorted_normals(count, num_top):
 
     def worst(top):
         columns = list(zip(top.T, want.T)) + list(zip(top.diff(dim=1).T, want.diff(dim=1).T))
-        return max(ks(one, other) for one, other in columns)
+        return max(kolmogorov_smirnov(one, other) for one, other in columns)
 
     top = largest_normals(*rows_of(size), 3, count, num_top).top_RK
     assert (top.diff(dim=1) <= 0).all() and top.isfinite().all()
-    assert worst(top) < ks_bound(2 * num_top)
+    assert worst(top) < kolmogorov_smirnov_bound(2 * num_top)
     wrong = largest_normals(*rows_of(size), 3, count + 1 + count // 10, num_top).top_RK
-    assert worst(wrong) > ks_bound(2 * num_top)
+    assert worst(wrong) > kolmogorov_smirnov_bound(2 * num_top)
 
 
 def test_tail_probabilities_of_top_normals_follow_the_beta_law_at_any_size():
@@ -211,7 +205,8 @@ def test_tail_probabilities_of_top_normals_follow_the_beta_law_at_any_size():
     spread = ((tail - mean) ** 2).mean(0) / variance
     kurtosis = 3 + 6 / j  # a Gamma's, the limit of this Beta
     assert ((spread - 1).abs() < 5 * ((kurtosis - 1) / size).sqrt()).all()
-    assert ks(torch.expm1(count * torch.log1p(-tail[:, 0])) + 1, torch.rand(size)) < ks_bound(1)
+    uniform = torch.expm1(count * torch.log1p(-tail[:, 0])) + 1
+    assert kolmogorov_smirnov(uniform, torch.rand(size)) < kolmogorov_smirnov_bound(1)
 
 
 def chi_squared(ids_NK, count):
@@ -311,158 +306,6 @@ def test_what_is_not_on_top_has_the_mean_and_covariance_of_truncated_normals(num
     assert relative(got, around.T @ around / size) < 0.1
 
 
-# ---- the sampler against the dense law ----
-
-
-def trained_like(vocabulary, width=24):
-    """Clusters, a falling spectrum, heavy-tailed norms and a common direction."""
-    generator = torch.Generator().manual_seed(1)
-    clusters = torch.randn(40, width, generator=generator)
-    member = clusters[torch.randint(40, (vocabulary,), generator=generator)]
-    noise = torch.randn(vocabulary, width, generator=generator)
-    spectrum = 3 * torch.arange(1, width + 1).float() ** -0.7
-    norms = torch.exp(0.5 * torch.randn(vocabulary, 1, generator=generator))
-    return (0.7 * member + noise) * spectrum * norms + 0.5 * torch.randn(
-        1, width, generator=generator
-    )
-
-
-def samples(weight, sigma, size, seed, signal=None, **options):
-    """Embeddings of one token at noise level sigma of the schedule, [N, H] float64."""
-    batch = 8
-    if signal is None:
-        signal = math.sqrt(SIMPLEX_VALUE**2 - sigma**2)
-    return simplex_embedding(
-        torch.full((batch, size // batch), TOKEN % len(weight)),
-        torch.full((batch, 1), signal), torch.full((batch, 1), sigma),
-        weight, keys_B=torch.arange(batch) + 1_000 * seed, **options,
-    ).double().flatten(0, 1)  # fmt: skip
-
-
-def projections(weight):
-    """Directions [D, H]: leading components, random ones, and the true token's."""
-    weight = weight.double()
-    centred = weight - weight.mean(0)
-    leading = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -3:].T
-    generator = torch.Generator().manual_seed(5)
-    some = torch.randn(5, weight.shape[1], generator=generator, dtype=torch.float64)
-    return torch.cat([leading, some, centred[TOKEN % len(weight), None]])
-
-
-def worst_projection(one, other, weight):
-    mean = weight.double().mean(0)
-    pairs = [(one @ d, other @ d) for d in projections(weight)]
-    pairs.append(((one - mean).norm(dim=1), (other - mean).norm(dim=1)))
-    return max(ks(*pair) for pair in pairs) / ks_bound(10)
-
-
-def energy(one, other, size=1_024, permutations=200):
-    """Energy distance, in standard deviations of its law under permutation."""
-    both = torch.cat([one[:size], other[:size]])
-    both = (both / both.std(0)).float()
-    signs = torch.ones(len(both))
-    signs[len(one[:size]) :] = -1
-    shuffled = [signs[torch.randperm(len(signs))] for _ in range(permutations)]
-    signs = torch.stack([signs, *shuffled], dim=1)
-    value, *null = -(signs * (torch.cdist(both, both) @ signs)).sum(0)
-    null = torch.stack(null)
-    return ((value - null.mean()) / null.std()).item()
-
-
-def classifier(one, other):
-    """Held-out accuracy of a quadratic least-squares classifier, in deviations from chance."""
-    both = torch.cat([one, other])
-    mean, deviation = both.mean(0), both.std(0)
-
-    def features(x):
-        x = (x - mean) / deviation
-        rest = [x.clamp(-4, 4) ** 2, x.norm(dim=1, keepdim=True), x.new_ones(len(x), 1)]
-        return torch.cat([x, *rest], dim=1)
-
-    half = len(one) // 2
-    train = torch.cat([features(one[:half]), features(other[:half])])
-    label = torch.cat([torch.ones(half), -torch.ones(half)]).double()
-    ridge = 1e-3 * len(train) * torch.eye(train.shape[1])
-    plane = torch.linalg.solve(train.T @ train + ridge, train.T @ label)
-    right = (features(one[half:]) @ plane > 0).sum() + (features(other[half:]) @ plane < 0).sum()
-    tested = len(one) + len(other) - 2 * half
-    return (right.item() - tested / 2) / math.sqrt(tested / 4)
-
-
-def differ(one, other, weight):
-    """The largest of three two-sample statistics, each over its bound; above 1 is rejected."""
-    return max(
-        worst_projection(one, other, weight), energy(one, other) / 6, classifier(one, other) / 4.5
-    )
-
-
-@pytest.mark.parametrize("sigma", SIGMAS)
-@pytest.mark.parametrize("vocabulary, size", [(400, 16_384), (4_096, 8_192), (32_000, 2_048)])
-def test_sampled_embeddings_have_the_dense_law(vocabulary, size, sigma):
-    weight = trained_like(vocabulary)
-    moments = embedding_moments(weight)
-    dense = samples(weight, sigma, size, 1, noise="dense")
-    for num_top in (16, 32):
-        sampled = samples(weight, sigma, size, 2, num_top=num_top, moments=moments)
-        assert differ(sampled, dense, weight) < 1
-
-
-@pytest.mark.parametrize("vocabulary", [2, 3, 6, 40])
-def test_with_all_tokens_on_top_the_law_is_the_dense_one(vocabulary):
-    weight = trained_like(vocabulary).double()  # nearly one-hot: float32 would round to one value
-    for sigma in (2.3, 5.0):
-        dense = samples(weight, sigma, 8_192, 1, noise="dense")
-        sampled = samples(weight, sigma, 8_192, 2, num_top=vocabulary - 1)
-        assert differ(sampled, dense, weight) < 1
-
-
-def cut_off(gap, sigma, largest, count):
-    """Wrong: what is not on top has no weight."""
-    weights, share, _ = token_weights(gap, sigma, largest, count)
-    zero = torch.zeros_like(share)
-    return TokenWeights(weights / weights.sum(dim=1, keepdim=True), zero, zero)
-
-
-def only_mean(gap, sigma, largest, count):
-    """Wrong: the others have their mean weight each."""
-    pair = largest.pair_R2 * torch.tensor([1.0, 0.0])
-    weights, share, spread = token_weights(gap, sigma, largest._replace(pair_R2=pair), count)
-    return TokenWeights(weights, share, torch.zeros_like(spread))
-
-
-def own_noise_forgotten(gap, sigma, largest, count):
-    """Wrong: the true token's logit is not noised."""
-    pair = largest.pair_R2 * torch.tensor([0.0, 1.0])
-    return token_weights(gap, sigma, largest._replace(pair_R2=pair), count)
-
-
-@pytest.mark.parametrize(
-    "wrong, vocabulary, sigma",
-    [
-        (cut_off, 400, 0.8), (cut_off, 400, 2.3), (cut_off, 4_096, 3.5), (cut_off, 4_096, 5.0),
-        (only_mean, 400, 0.8), (only_mean, 4_096, 0.8), (own_noise_forgotten, 400, 0.8),
-        (own_noise_forgotten, 4_096, 2.3), (own_noise_forgotten, 400, 3.5),
-    ],
-)  # fmt: skip
-def test_samplers_that_leave_something_out_are_told_apart(wrong, vocabulary, sigma, monkeypatch):
-    weight = trained_like(vocabulary)
-    dense = samples(weight, sigma, 4_096, 1, noise="dense")
-    monkeypatch.setattr(module, "token_weights", wrong)
-    assert differ(samples(weight, sigma, 4_096, 2, num_top=16), dense, weight) > 1
-
-
-def test_ids_drawn_with_replacement_are_told_apart(monkeypatch):
-    def with_replacement(keys, positions, draw, count, num_top):
-        largest = largest_normals(keys, positions, draw, count, num_top)
-        return largest._replace(ids_RK=torch.randint_like(largest.ids_RK, count))
-
-    weight = trained_like(6)
-    dense = samples(weight, 1.0, 4_096, 1, signal=0.0, noise="dense")
-    assert differ(samples(weight, 1.0, 4_096, 2, signal=0.0, num_top=5), dense, weight) < 1
-    monkeypatch.setattr(module, "largest_normals", with_replacement)
-    assert differ(samples(weight, 1.0, 4_096, 2, signal=0.0, num_top=5), dense, weight) > 1
-
-
 # ---- gradients ----
 
 
@@ -493,10 +336,12 @@ def test_the_mean_gradient_is_the_dense_one(sigma):
     """Of a curved loss, over runs that say by how much two means of dense runs would differ."""
     weight = 0.3 * trained_like(600, 12)
     mixing = torch.randn(12, 12, dtype=torch.float64) / 3
+    signal = math.sqrt(SIMPLEX_VALUE**2 - sigma**2)
 
     def gradient(seed, **options):
         leaf = weight.clone().requires_grad_()
-        (samples(leaf, sigma, 4_096, seed, **options) @ mixing).tanh().square().sum().backward()
+        x = law_samples(leaf, signal, sigma, 4_096, token=TOKEN, seed=seed, **options)
+        (x @ mixing).tanh().square().sum().backward()
         return leaf.grad.double()
 
     dense = torch.stack([gradient(seed, noise="dense") for seed in range(8)])

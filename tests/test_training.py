@@ -15,6 +15,8 @@ from tess.backbones.pretrained import stays_float32
 from tess.decoders import load_decoder
 from tess.errors import UserError
 from tess.saving import load_parts
+from tess.schedulers.recoverability import auto_simplex_value
+from tess.schedulers.simplex import NUM_TOP
 from tess.tokenization import train_tokenizer
 from tess.training import make_collator, train
 
@@ -85,8 +87,9 @@ def run(tmp_path, name="run", **changes):
             "eval_strategy": "steps",
             "eval_steps": 2,
         },
+        {"timestep_density": "learned", "eval_strategy": "steps", "eval_steps": 2},
     ],
-    ids=["tess", "ar", "mixture", "accumulation and average"],
+    ids=["tess", "ar", "mixture", "accumulation and average", "learned density"],
 )
 def test_a_killed_run_goes_on_to_the_same_losses(tmp_path, changes):
     # 6 steps an epoch (3 with accumulation): the break is in the middle of the second one.
@@ -205,8 +208,14 @@ def test_a_predictor_is_trained_behind_a_frozen_model_and_changes_no_text(tmp_pa
     ar, _ = run(tmp_path, "ar", objective="ar", max_steps=4, learning_rate=1e-2)
     options = {"objective": "ar", "mtp_depth": 2, "freeze_backbone": True, "init_from": str(ar)}
     final, losses = run(
-        tmp_path, "mtp", max_steps=30, learning_rate=1e-2, max_train_samples=8,
-        save_strategy="steps", save_steps=30, **options | NO_SIZES,
+        tmp_path,
+        "mtp",
+        max_steps=30,
+        learning_rate=1e-2,
+        max_train_samples=8,
+        save_strategy="steps",
+        save_steps=30,
+        **options | NO_SIZES,
     )
     assert losses[30] < losses[1] - 0.5
     before, after = load_parts(ar).model, load_parts(final).model
@@ -290,23 +299,37 @@ def test_the_best_checkpoint_is_kept_and_becomes_the_result(tmp_path):
 def test_unset_settings_of_the_process_are_those_of_the_checkpoint(tmp_path):
     process = {
         "num_diffusion_steps": 7, "beta_schedule": "squaredcos_cap_v2", "cosine_s": 0.008,
-        "pad_loss_weight": 0.25, "simplex_value": 3.0,
+        "pad_loss_weight": 0.25, "simplex_value": 3.0, "timestep_spacing": "uniform",
+        "timestep_density": "uniform", "noise": "dense", "num_top": 9,
     }  # fmt: skip
     first, _ = run(tmp_path, "first", max_steps=1, **process)
     flags = {"init_from": str(first), "max_steps": 1, **NO_SIZES}
     kept, _ = run(tmp_path, "kept", **flags)
     changed, _ = run(tmp_path, "changed", cosine_s=0.1, pad_loss_weight=0.0, **flags)
+    named, _ = run(tmp_path, "named", diffusion_preset="tess", noise="order_statistics", **flags)
     new, _ = run(tmp_path, "new", max_steps=1)
+    published, _ = run(tmp_path, "published", max_steps=1, diffusion_preset="tess", cosine_s=0.2)
 
     def values(folder):
         parts = load_parts(folder)
         own = parts.scheduler.config
+        assert own.simplex_value == parts.model.config.simplex_value
+        assert own.vocab_size == parts.model.config.vocab_size
         names = ("num_train_timesteps", "beta_schedule", "cosine_s", "simplex_value")
-        return [getattr(own, name) for name in names], parts.model.config.pad_loss_weight
+        more = ("timestep_spacing", "timestep_density", "noise", "num_top")
+        return [getattr(own, name) for name in names + more], parts.model.config.pad_loss_weight
 
-    assert values(kept) == ([7, "squaredcos_cap_v2", 0.008, 3.0], 0.25)
-    assert values(changed) == ([7, "squaredcos_cap_v2", 0.1, 3.0], 0.0)
-    assert values(new) == ([5000, "squaredcos_improved_ddpm", 1e-4, 5.0], 0.0)
+    flat = ["uniform", "uniform"]
+    assert values(kept) == ([7, "squaredcos_cap_v2", 0.008, 3.0, *flat, "dense", 9], 0.25)
+    assert values(changed) == ([7, "squaredcos_cap_v2", 0.1, 3.0, *flat, "dense", 9], 0.0)
+    cosine = "squaredcos_improved_ddpm"
+    process = [5000, cosine, 1e-4, 5.0, *flat, "order_statistics", 9]
+    assert values(named) == (process, 0.25)
+    k = auto_simplex_value(load_parts(new).model.config.vocab_size)
+    even = ["recoverability", "recoverability"]
+    assert values(new) == ([5000, cosine, 1e-4, k, *even, "order_statistics", NUM_TOP], 0.0)
+    process = [5000, cosine, 0.2, 5.0, *flat, "order_statistics", NUM_TOP]
+    assert values(published) == (process, 0.0)
     parts = load_parts(kept)
     settings = parse_settings(["--init_from", "x", "--task", "simplification", "--output_dir", "o"])
     assert make_collator(settings, parts).canvas.pad_loss_weight == 0.25

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-SLAB_BYTES = 64 << 20
+SLAB_BYTES = 96 << 20
 # Products take whole groups of rows. MKL sums the rows that are left over in another order, so that
 # their last bits depend on the batch; over any number of whole groups a row's bits are the same
 # (seen with 1 and 2 threads).

@@ -55,6 +55,7 @@ loading:
 vocabulary:
   pattern, hidden_size, batch, length, source, dtype, seed
                         what was run; length and source in tokens
+  official              a second rival, whose tensors go over source and target
   of each row:
       part              "embedding", "training" or "denoising"
       vocab_size        V
@@ -62,7 +63,9 @@ vocabulary:
       ours_us, rival_us medians in microseconds per position (embedding)
       ours_ms, rival_ms, ratio, ratio_q1, ratio_q3, pairs
                         of a step, as above
-      ours_peak, rival_peak, peak_ratio
+      official_ms, official_ratio
+                        the same of the second rival
+      ours_peak, rival_peak, official_peak, peak_ratio, official_peak_ratio
                         most bytes beyond those before the step; null outside Linux
       products_ms, of_products
                         the two bare products with the vocabulary, and ours_ms / products_ms

@@ -19,7 +19,7 @@ from tess.tokenization import train_tokenizer
 
 # A slab of logits has a fixed size, so the length is one for which it is smaller than one example's
 # logits, and the width smaller than the length.
-V, B, L, H = 60_000, 6, 300, 16
+V, B, L, H = 60_000, 4, 450, 16
 assert slab_rows(V, SLAB_BYTES) < L
 
 

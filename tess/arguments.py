@@ -10,7 +10,7 @@ import difflib
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,81 +20,71 @@ from transformers import HfArgumentParser
 
 from tess.backbones.config import HybridConfig
 from tess.backbones.presets import PRESETS
+from tess.diffusion_arguments import DiffusionArguments
 from tess.errors import UserError
-from tess.kernels.simplex_embedding import NOISES
-from tess.schedulers.presets import SCHEDULER_PRESETS
-from tess.schedulers.renoising import SPACINGS
-from tess.schedulers.simplex import NUM_TOP
-
-
-def _option(default: Any, help: str, **more: Any) -> Any:
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help, **more})
-    return field(default=default, metadata={"help": help, **more})
+from tess.options import option
 
 
 @dataclass
 class ModelArguments:
     """The backbone and the tokenizer; sizes left out are the preset's, or `SMALL_BACKBONE`'s."""
 
-    objective: str = _option(
+    objective: str = option(
         "tess",
         "What to train: tess (simplex diffusion) or ar (next-token prediction).",
         choices=["tess", "ar"],
     )
-    init_from: str | None = _option(
+    init_from: str | None = option(
         None,
         "Start from the weights of this checkpoint folder, tess or ar; its tokenizer is used too.",
     )
-    tokenizer: str | None = _option(
+    tokenizer: str | None = option(
         None, "Folder or hub name of a Hugging Face tokenizer with pad and eos."
     )
-    train_tokenizer: bool = _option(
+    train_tokenizer: bool = option(
         False, "Train a byte-level BPE of vocab_size on the training texts."
     )
-    vocab_size: int | None = _option(
+    vocab_size: int | None = option(
         None,
         "Ids of the model; default: 4096 for a trained tokenizer, else the tokenizer's own size.",
     )
-    preset: str | None = _option(
+    preset: str | None = option(
         None,
         "Sizes of a new model by name (scripts/model_info.py --help lists them); given sizes "
         "win, and the vocabulary is the tokenizer's.",
     )
-    hybrid_override_pattern: str | None = _option(
+    hybrid_override_pattern: str | None = option(
         None, "One letter per layer: M Mamba-2, * attention, - MLP, E mixture of experts."
     )
-    hidden_size: int | None = _option(None, "Width of the model.")
-    num_attention_heads: int | None = _option(None, "Query heads.")
-    num_key_value_heads: int | None = _option(None, "Key and value heads.")
-    head_dim: int | None = _option(None, "Width of an attention head.")
-    intermediate_size: int | None = _option(None, "Inner width of the MLP layers.")
-    ssm_state_size: int | None = _option(None, "State size of a Mamba head.")
-    mamba_num_heads: int | None = _option(None, "Mamba heads.")
-    mamba_head_dim: int | None = _option(None, "Width of a Mamba head.")
-    n_groups: int | None = _option(None, "Groups of Mamba heads that share B and C.")
-    conv_kernel: int | None = _option(None, "Width of the causal convolution.")
-    chunk_size: int | None = _option(None, "Positions per chunk of the Mamba scan.")
-    n_routed_experts: int | None = _option(None, "Experts of an E layer.")
-    num_experts_per_tok: int | None = _option(None, "Experts that a token is sent to.")
-    moe_intermediate_size: int | None = _option(None, "Inner width of a routed expert.")
-    moe_shared_expert_intermediate_size: int | None = _option(
+    hidden_size: int | None = option(None, "Width of the model.")
+    num_attention_heads: int | None = option(None, "Query heads.")
+    num_key_value_heads: int | None = option(None, "Key and value heads.")
+    head_dim: int | None = option(None, "Width of an attention head.")
+    intermediate_size: int | None = option(None, "Inner width of the MLP layers.")
+    ssm_state_size: int | None = option(None, "State size of a Mamba head.")
+    mamba_num_heads: int | None = option(None, "Mamba heads.")
+    mamba_head_dim: int | None = option(None, "Width of a Mamba head.")
+    n_groups: int | None = option(None, "Groups of Mamba heads that share B and C.")
+    conv_kernel: int | None = option(None, "Width of the causal convolution.")
+    chunk_size: int | None = option(None, "Positions per chunk of the Mamba scan.")
+    n_routed_experts: int | None = option(None, "Experts of an E layer.")
+    num_experts_per_tok: int | None = option(None, "Experts that a token is sent to.")
+    moe_intermediate_size: int | None = option(None, "Inner width of a routed expert.")
+    moe_shared_expert_intermediate_size: int | None = option(
         None, "Inner width of the shared expert."
     )
-    moe_latent_size: int | None = _option(
-        None, "Width that the routed experts work in (LatentMoE)."
-    )
-    initializer_range: float | None = _option(
+    moe_latent_size: int | None = option(None, "Width that the routed experts work in (LatentMoE).")
+    initializer_range: float | None = option(
         None, "Standard deviation of new weights (default: 0.02)."
     )
-    tie_word_embeddings: bool | None = _option(
+    tie_word_embeddings: bool | None = option(
         None, "Share the embedding and the head (default: true)."
     )
-    mtp_hybrid_override_pattern: str | None = _option(
+    mtp_hybrid_override_pattern: str | None = option(
         None,
         "Layers of the multi-token predictor, in the same letters (default: *E); see --mtp_depth.",
     )
-    mamba_direction: str | None = _option(
+    mamba_direction: str | None = option(
         None,
         "Mamba layers in denoise mode: forward, bidirectional or gated "
         "(default: bidirectional for tess).",
@@ -134,173 +124,18 @@ CHANGEABLE = {"mamba_direction", "mtp_hybrid_override_pattern"}
 
 
 @dataclass
-class DiffusionArguments:
-    """The diffusion process and the denoiser (objective tess).
-
-    None is the value of the checkpoint that `init_from` names, else the preset's or the standard
-    one.
-    """
-
-    diffusion_preset: str | None = _option(
-        None,
-        "Settings of the process by name: vocab_aware (simplex value, training times and sampling "
-        "steps follow the vocabulary) or tess (as published); given flags win (default: that of "
-        "the --init_from checkpoint, else vocab_aware).",
-        choices=list(SCHEDULER_PRESETS),
-    )
-    simplex_value: str | None = _option(
-        None,
-        "k, a token being +k on its own coordinate and -k elsewhere; a number, or auto for "
-        "(ln vocab_size - 0.82) / 2.",
-    )
-    timestep_density: str | None = _option(
-        None,
-        "Density of training times: recoverability (equal mass for equal steps of the chance to "
-        "tell the noised token), uniform, or learned (for equal steps of the loss, CDCD).",
-        choices=[*SPACINGS, "learned"],
-    )
-    timestep_spacing: str | None = _option(
-        None, "Spacing of sampling steps: recoverability or uniform.", choices=list(SPACINGS)
-    )
-    timestep_uniform_share: float | None = _option(
-        None,
-        "Share of training times and sampling steps that stays uniform in time where they follow "
-        "recoverability or a learned density, in (0, 1] (default: 0.5).",
-    )
-    noise: str | None = _option(
-        None,
-        "How noise is drawn: order_statistics, whose cost does not grow with the vocabulary, or "
-        "dense, the reference, which draws all of it.",
-        choices=list(NOISES),
-    )
-    num_top: int | None = _option(
-        None, f"Order statistics that are drawn exactly (default: {NUM_TOP})."
-    )
-    num_diffusion_steps: int | None = _option(
-        None,
-        "T, and so the most sampling steps (default: the --init_from checkpoint's, else 5000).",
-    )
-    beta_schedule: str | None = _option(
-        None,
-        "Noise schedule (default: the --init_from checkpoint's, else squaredcos_improved_ddpm).",
-    )
-    cosine_s: float | None = _option(
-        None,
-        "Offset s of the cosine schedule (default: the --init_from checkpoint's, else 1e-4).",
-    )
-    source_encoding: str | None = _option(
-        None, "How the source is read: causal, bidirectional, or joint with the target."
-    )
-    label_shift: bool | None = _option(
-        None,
-        "Predict each token one position earlier, as a causal language model does; keeps the head "
-        "of one that --init_from names.",
-    )
-    self_conditioning: str | None = _option(None, "Self-conditioning variant, or none.")
-    self_conditioning_mix: str | None = _option(
-        None, "Where it is mixed in: probabilities, embeddings or logits."
-    )
-    self_conditioning_zeros_after_softmax: bool | None = _option(
-        None, "Without a previous prediction use zeros, not the uniform distribution."
-    )
-    self_conditioning_mlp: bool | None = _option(
-        None, "An MLP in the variants that have a projection."
-    )
-    self_conditioning_probability: float = _option(
-        0.5, "Share of training batches with a first pass."
-    )
-    deepmind_conditional: bool | None = _option(
-        None, "The SED variant of conditioning on the clean context."
-    )
-    num_source_positions: int | None = _option(
-        None,
-        "Learned absolute positions for the source (0: none; default for a new model: "
-        "max_source_length).",
-    )
-    num_target_positions: int | None = _option(
-        None,
-        "Learned absolute positions for the target (0: none; default for a new model: "
-        "max_target_length).",
-    )
-    source_drop_probability: float = _option(
-        0.0, "Share of examples with an empty source, for guidance."
-    )
-    stratified_timesteps: bool = _option(
-        True, "One time from each of B equal parts of (0, 1] per batch."
-    )
-    pad_loss_weight: float | None = _option(
-        None,
-        "Above 0: the canvas goes on over padding, with this loss weight (default: the --init_from "
-        "checkpoint's, else 0).",
-    )
-    canvas: str = _option(
-        "batch",
-        "With pad_loss_weight: the canvas ends with the batch's longest, or by the length rule.",
-        choices=["batch", "rule"],
-    )
-    length_quantile: float | None = _option(
-        None,
-        "Share of training targets that fit the default generation length; default 0.99 with "
-        "pad_loss_weight, and 0.5 without it (such a model fills its canvas).",
-    )
-
-    def denoiser_overrides(self) -> dict[str, Any]:
-        """The denoiser config's fields that were set."""
-        names = [
-            "source_encoding", "label_shift", "self_conditioning",
-            "self_conditioning_mix", "self_conditioning_zeros_after_softmax",
-            "self_conditioning_mlp", "deepmind_conditional", "num_source_positions",
-            "num_target_positions", "pad_loss_weight",
-        ]  # fmt: skip
-        chosen = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        if self.simplex_value is not None:
-            chosen["simplex_value"] = self._simplex_value()
-        elif self.diffusion_preset is not None:
-            chosen["simplex_value"] = SCHEDULER_PRESETS[self.diffusion_preset]["simplex_value"]
-        if chosen.get("self_conditioning") == "none":
-            chosen["self_conditioning"] = None
-        return chosen
-
-    def _simplex_value(self) -> float | str:
-        if self.simplex_value == "auto":
-            return "auto"
-        try:
-            return float(self.simplex_value)
-        except ValueError:
-            raise UserError(
-                f"simplex_value must be a number or auto, got {self.simplex_value!r}"
-            ) from None
-
-    def scheduler_overrides(self) -> dict[str, Any]:
-        """The scheduler's settings that were set, by the preset or one by one."""
-        learned = self.timestep_density == "learned"  # it starts as the density it departs from
-        names = {
-            "num_train_timesteps": self.num_diffusion_steps,
-            "beta_schedule": self.beta_schedule,
-            "cosine_s": self.cosine_s,
-            "timestep_spacing": self.timestep_spacing,
-            "timestep_density": "recoverability" if learned else self.timestep_density,
-            "timestep_uniform_share": self.timestep_uniform_share,
-            "noise": self.noise,
-            "num_top": self.num_top,
-        }
-        preset = SCHEDULER_PRESETS.get(self.diffusion_preset or "", {})
-        return preset | {name: value for name, value in names.items() if value is not None}
-
-
-@dataclass
 class CausalArguments:
     """Next-token prediction (objective ar)."""
 
-    mtp_depth: int = _option(
+    mtp_depth: int = option(
         0,
         "Train a multi-token predictor to look this many tokens further (0: none): one block, used "
         "again for each of them.",
     )
-    mtp_loss_scale: float = _option(
+    mtp_loss_scale: float = option(
         0.3, "Weight of the predictor's mean loss beside the next-token loss."
     )
-    freeze_backbone: bool = _option(
+    freeze_backbone: bool = option(
         False,
         "Train the multi-token predictor alone; the text that the model writes stays the same.",
     )
@@ -310,61 +145,61 @@ class CausalArguments:
 class DataArguments:
     """Where texts come from, and what they are trained on."""
 
-    task: str | None = _option(None, "Train on this task's packaged rows, or on its --dataset.")
-    dataset: str | None = _option(None, "A dataset of --task.")
-    train_file: list[str] = _option(
+    task: str | None = option(None, "Train on this task's packaged rows, or on its --dataset.")
+    dataset: str | None = option(None, "A dataset of --task.")
+    train_file: list[str] = option(
         [], "Local files of pairs or texts: JSONL, CSV, TSV, Parquet (.gz too), or .txt."
     )
-    validation_file: list[str] = _option([], "The same for evaluation.")
-    data_root: str | None = _option(None, "Folder that relative file names start from.")
-    source_column: str = _option("source", "Column of the source.")
-    target_column: str = _option("target", "Column of the target; of a list the first is used.")
-    text_column: str | None = _option(
+    validation_file: list[str] = option([], "The same for evaluation.")
+    data_root: str | None = option(None, "Folder that relative file names start from.")
+    source_column: str = option("source", "Column of the source.")
+    target_column: str = option("target", "Column of the target; of a list the first is used.")
+    text_column: str | None = option(
         None, "Read raw text from this column; no sources and targets then."
     )
-    detokenize: bool = _option(
+    detokenize: bool = option(
         False, "Undo Penn-Treebank tokenisation of local files (tess/detokenize.py)."
     )
-    max_source_length: int = _option(
+    max_source_length: int = option(
         128, "Tokens of a source, special ones included; longer ones are cut."
     )
-    max_target_length: int = _option(
+    max_target_length: int = option(
         128, "Tokens of a target, special ones included; longer ones are cut."
     )
-    long_rows: str = _option(
+    long_rows: str = option(
         "cut",
         "What to do with pairs beyond these lengths: cut them, or drop them.",
         choices=["cut", "drop"],
     )
-    conditional_generation: str = _option(
+    conditional_generation: str = option(
         "seq2seq",
         "Objective, or several separated by commas (one is drawn per batch): seq2seq, prefix_lm, "
         "span_infilling, ul2, unconditional, ul2_with_unconditional, text_infilling.",
     )
-    max_train_samples: int | None = _option(None, "Use the first so many training rows.")
-    max_eval_samples: int | None = _option(None, "Use the first so many evaluation rows.")
-    bucket_by_length: bool = _option(True, "Batches of like lengths: less padding.")
+    max_train_samples: int | None = option(None, "Use the first so many training rows.")
+    max_eval_samples: int | None = option(None, "Use the first so many evaluation rows.")
+    bucket_by_length: bool = option(True, "Batches of like lengths: less padding.")
 
 
 @dataclass
 class RunArguments:
     """What this project adds to transformers' own settings."""
 
-    save_dtype: str = _option(
+    save_dtype: str = option(
         "float32",
         "Type of the weights in the final folder.",
         choices=["float32", "bfloat16", "float16"],
     )
-    ema_decay: float = _option(
+    ema_decay: float = option(
         0.0, "Decay of the weights' moving average (0: none); evaluated and saved instead."
     )
-    router_balance_rate: float = _option(
+    router_balance_rate: float = option(
         0.001, "Step of the experts' load-balancing bias after each update (0: none)."
     )
-    num_samples_to_print: int = _option(
+    num_samples_to_print: int = option(
         3, "Generated texts to print before training and at each evaluation."
     )
-    num_inference_steps: int | None = _option(
+    num_inference_steps: int | None = option(
         None, "Sampling steps for the printed texts (default: 16, or T where that is less)."
     )
 
@@ -373,31 +208,31 @@ class RunArguments:
 class TrainingArguments(transformers.TrainingArguments):
     """transformers' own settings, with defaults that train a small new model from scratch."""
 
-    per_device_train_batch_size: int = _option(
+    per_device_train_batch_size: int = option(
         32, "Rows per device and step (default: %(default)s)."
     )
-    num_train_epochs: float = _option(
+    num_train_epochs: float = option(
         20.0, "Passes over the training rows (default: %(default)s); --max_steps overrides it."
     )
-    learning_rate: float = _option(
+    learning_rate: float = option(
         1.5e-3,
         "Highest learning rate (default: %(default)s). The defaults suit a small new model and are "
         "the same with --init_from, where a lower rate keeps more of the given weights.",
     )
-    warmup_steps: float = _option(
+    warmup_steps: float = option(
         100,
         "Steps in which the learning rate rises from 0 (default: %(default)s); below 1, their "
         "share of all steps.",
     )
-    weight_decay: float = _option(
+    weight_decay: float = option(
         0.01, "Weight decay, of all but biases and norms (default: %(default)s)."
     )
-    adam_beta2: float = _option(
+    adam_beta2: float = option(
         0.98, "Decay of Adam's mean of squared gradients (default: %(default)s)."
     )
-    logging_steps: float = _option(50, "Steps between two lines of the log (default: %(default)s).")
-    save_steps: float = _option(200, "Steps between two checkpoints (default: %(default)s).")
-    save_total_limit: int | None = _option(
+    logging_steps: float = option(50, "Steps between two lines of the log (default: %(default)s).")
+    save_steps: float = option(200, "Steps between two checkpoints (default: %(default)s).")
+    save_total_limit: int | None = option(
         2, "Newest checkpoints to keep (default: %(default)s); 0 keeps all."
     )
 

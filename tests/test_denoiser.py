@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
-from tess.arguments import DiffusionArguments
 from tess.backbones.causal_lm import HybridForCausalLM
 from tess.backbones.config import HybridConfig
 from tess.config import SELF_CONDITIONING, TessConfig
 from tess.denoiser import TessDenoiser
+from tess.diffusion_arguments import DiffusionArguments
 from tess.schedulers.renoising import RenoisingScheduler
 from tess.self_conditioning import Prediction
 

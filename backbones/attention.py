@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from tess.backbones.cache import KeyValues
 from tess.backbones.config import HybridConfig
 from tess.backbones.context import BlockContext
+from tess.kernels.attention import causal_attention
 
 
 class Attention(nn.Module):
@@ -39,11 +40,14 @@ class Attention(nn.Module):
             value = torch.cat([cached.values.to(value.dtype), value], dim=2)
         if context.update_cache:
             context.outgoing[self.layer_idx] = KeyValues(key, value)
-        out = F.scaled_dot_product_attention(
-            query, key, value,
-            attn_mask=context.attention_mask,
-            is_causal=context.is_causal,
-            dropout_p=self.dropout if self.training else 0.0,
-            enable_gqa=key.shape[1] != query.shape[1],
-        )  # fmt: skip
+        dropout = self.dropout if self.training else 0.0
+        if context.is_causal:
+            out = causal_attention(query, key, value, dropout)
+        else:
+            out = F.scaled_dot_product_attention(
+                query, key, value,
+                attn_mask=context.attention_mask,
+                dropout_p=dropout,
+                enable_gqa=key.shape[1] != query.shape[1],
+            )  # fmt: skip
         return self.o_proj(out.transpose(1, 2).flatten(2))

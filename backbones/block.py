@@ -15,7 +15,10 @@ from tess.backbones.config import HybridConfig
 from tess.backbones.context import BlockContext, make_context
 from tess.backbones.feedforward import MLP, MixtureOfExperts
 from tess.backbones.mamba import Mamba2Mixer
+from tess.kernels.allocator import keep_freed_memory
 from tess.kernels.norms import rms_norm
+
+keep_freed_memory()
 
 
 class RMSNorm(nn.Module):

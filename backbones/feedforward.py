@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from tess.backbones.config import HybridConfig
 from tess.backbones.context import BlockContext
 from tess.kernels.experts import experts, route_tokens
+from tess.kernels.norm_gradients import squared_relu
 from tess.kernels.norms import wide_dtype
 
 
@@ -22,7 +23,7 @@ class MLP(nn.Module):
 
     def forward(self, hidden: Tensor, context: BlockContext | None = None) -> Tensor:
         """[..., hidden] -> [..., hidden]; the context is not needed."""
-        return self.down_proj(self.up_proj(hidden).relu().square())
+        return self.down_proj(squared_relu(self.up_proj(hidden)))
 
 
 class Router(nn.Module):
@@ -53,9 +54,12 @@ class Router(nn.Module):
             bias_E = self.e_score_correction_bias.to(wide)
             ids, weights = route_tokens(logits, bias_E, **self.choice)
         if self.training:
-            with torch.no_grad():
-                counted = ids if real_T is None else ids[real_T]
-                self.load += torch.bincount(counted.flatten(), minlength=self.load.numel())
+            with torch.no_grad():  # no count that the host would wait for
+                chosen = ids.flatten()
+                counted = torch.ones_like(chosen)
+                if real_T is not None:
+                    counted = real_T.long().repeat_interleave(ids.shape[1])
+                self.load.index_add_(0, chosen, counted)
         return ids, weights
 
     @torch.no_grad()

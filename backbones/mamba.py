@@ -3,18 +3,15 @@
 Letters: B batch, L length, I inner channels (heads x head width), D conv channels, H heads.
 """
 
-import math
-
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from tess.backbones.cache import MambaInputs, MambaState
 from tess.backbones.config import HybridConfig
 from tess.backbones.context import BlockContext
 from tess.kernels.conv import behind_padding, causal_conv1d, next_window
 from tess.kernels.norms import gated_group_rms_norm, wide_dtype
-from tess.kernels.ssd import ssd_scan, ssd_step
+from tess.kernels.ssd import ssd_scan, ssd_step, step_sizes
 
 
 class GatedNorm(nn.Module):
@@ -62,14 +59,8 @@ class Mamba2Mixer(nn.Module):
         gate_BLI, conv_in_BLD, dt_BLH = self.in_proj(hidden_BLH).split(
             [self.inner, self.conv_dim, self.heads], dim=-1
         )
-        wide = wide_dtype(dt_BLH)
-        dt_BLH = F.softplus(dt_BLH.to(wide) + self.dt_bias.to(wide))
-        if self.limits != (0.0, math.inf):
-            dt_BLH = dt_BLH.clamp(*self.limits)
-        if context.position_mask is not None:
-            # padding: no input to the convolution, and a zero step leaves the state as it is
+        if context.position_mask is not None:  # padding: no input to the convolution
             conv_in_BLD = conv_in_BLD * context.position_mask[..., None]
-            dt_BLH = dt_BLH * context.position_mask[..., None]
 
         y_BLI, new_state = self._mix(conv_in_BLD, dt_BLH, state, context)
         if context.update_cache:
@@ -88,24 +79,30 @@ class Mamba2Mixer(nn.Module):
         x = x.unflatten(-1, (self.heads, self.width))
         b = b.unflatten(-1, (self.groups, self.states))
         c = c.unflatten(-1, (self.groups, self.states))
-        decay = -self.A_log.to(dt_BLH.dtype).exp()
+        decay = -self.A_log.to(wide_dtype(x)).exp()
+        steps = {"dt_bias_H": self.dt_bias, "dt_softplus": True, "dt_limits": self.limits}
+        mask = context.position_mask
         if context.record is not None:
-            context.record[self.layer_idx] = MambaInputs(conv_in_BLD, x, dt_BLH, b, decay)
+            dt = step_sizes(dt_BLH, decay.dtype, **steps, mask=mask)
+            context.record[self.layer_idx] = MambaInputs(conv_in_BLD, x, dt, b, decay)
 
         if state is not None and x.shape[1] == 1:
-            y, ssm = ssd_step(x[:, 0], dt_BLH[:, 0], decay, b[:, 0], c[:, 0], state.ssm_state)
+            y, ssm = ssd_step(
+                x[:, 0], dt_BLH[:, 0], decay, b[:, 0], c[:, 0], state.ssm_state,
+                d_H=self.D, **steps, mask_B=None if mask is None else mask[:, 0],
+            )  # fmt: skip
             y = y[:, None]
         else:
             both = context.bidirectional and self.direction != "forward"
             y, ssm = ssd_scan(
                 x, dt_BLH, decay, b, c,
+                d_H=self.D, **steps, mask_BL=mask,
                 chunk_size=self.chunk_size,
                 direction="bidirectional" if both else "forward",
                 reverse_scale_H=self.reverse_gate if both and self.direction == "gated" else None,
                 initial_state_BHPN=None if state is None else state.ssm_state,
                 return_final_state=context.update_cache,
             )  # fmt: skip
-        y = y + x * self.D.to(x.dtype)[:, None]
         new_state = None
         if context.update_cache:
             new_state = MambaState(next_window(conv_in_BLD, taps, window), ssm)

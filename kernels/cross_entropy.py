@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tess.kernels.head import SLAB_BYTES, check_head, product_dtype, slab_rows
+from tess.kernels.dispatch import use_triton
+from tess.kernels.head import check_head, choose_slab_bytes, product_dtype, slab_rows
 from tess.kernels.norms import wide_dtype
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -27,6 +28,7 @@ class _Settings:
     dtype: torch.dtype  # of the products
     smoothing: float
     slab_bytes: int
+    triton: bool = False  # whether a kernel takes the slabs
 
 
 def linear_cross_entropy(
@@ -39,7 +41,8 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     reduction: str = "mean",
     return_token_losses: bool = False,
-    slab_bytes: int = SLAB_BYTES,
+    slab_bytes: int | None = None,
+    backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Cross-entropy of softmax(hidden W^T) with the tokens' ids, in nats.
 
@@ -54,8 +57,9 @@ def linear_cross_entropy(
             nothing is 0, with gradients of zeros; "sum"; "none" gives weighted losses [T].
         return_token_losses: beside the mean or sum give the weighted losses [T] without gradient,
             which costs nothing.
-        slab_bytes: bounds one slab of logits, at least one row. Products below float32 need a
-            second slab in their own dtype.
+        slab_bytes: bounds one slab of logits, at least one row (None: `choose_slab_bytes`). The
+            PyTorch path needs a second slab for products below float32, in their own dtype.
+        backend: "torch", "triton" or "auto" (None: see `dispatch.py`).
 
     Returns float32 (float64 for float64 products): a scalar, or [T]. Softmax and loss have that
     precision whatever the products have. There is no second derivative.
@@ -63,7 +67,9 @@ def linear_cross_entropy(
     Raises ValueError for shapes, options, ids or weights that do not fit.
     """
     _check(hidden_TH, weight_VH, ids_T, weights_T, label_smoothing, reduction)
-    settings = _Settings(product_dtype(hidden_TH), label_smoothing, slab_bytes)
+    triton = use_triton(hidden_TH, backend)
+    slab_bytes = choose_slab_bytes(slab_bytes, hidden_TH, triton)
+    settings = _Settings(product_dtype(hidden_TH), float(label_smoothing), slab_bytes, triton)
     if not torch.is_grad_enabled():
         hidden_TH, weight_VH = hidden_TH.detach(), weight_VH.detach()
     rows_N, factors_N = _counted(ids_T, weights_T, ignore_index, wide_dtype(hidden_TH))
@@ -76,10 +82,10 @@ def linear_cross_entropy(
             f"{int(ids_N.min())} to {int(ids_N.max())}"
         )
     if reduction == "none":
-        losses_N = _EachLoss.apply(hidden_NH, weight_VH, ids_N, factors_N, settings)
+        losses_N = _each_loss(hidden_NH, weight_VH, ids_N, factors_N, settings)
         losses_T = losses_N.new_zeros(len(ids_T)).index_copy(0, rows_N, losses_N)
         return (losses_T, losses_T.detach()) if return_token_losses else losses_T
-    total, losses_N = _SummedLoss.apply(hidden_NH, weight_VH, ids_N, factors_N, settings)
+    total, losses_N = _summed_loss(hidden_NH, weight_VH, ids_N, factors_N, settings)
     if reduction == "mean":
         # the division comes last, so that narrow dtypes hold gradients of order 1 until the end
         total = total / (factors_N.sum() if len(rows_N) else 1)
@@ -121,6 +127,28 @@ def _counted(
     if weights_T is None:
         return rows_N, torch.ones(len(rows_N), dtype=dtype, device=ids_T.device)
     return rows_N, weights_T[rows_N].to(dtype)
+
+
+def _summed_loss(
+    hidden_NH: Tensor, weight_VH: Tensor, ids_N: Tensor, factors_N: Tensor, settings: _Settings
+) -> tuple[Tensor, Tensor]:
+    if settings.triton:
+        from tess.kernels.triton.cross_entropy import summed_loss as run
+
+        options = (settings.dtype, settings.smoothing, settings.slab_bytes)
+        return run(hidden_NH, weight_VH, ids_N, factors_N, *options)
+    return _SummedLoss.apply(hidden_NH, weight_VH, ids_N, factors_N, settings)
+
+
+def _each_loss(
+    hidden_NH: Tensor, weight_VH: Tensor, ids_N: Tensor, factors_N: Tensor, settings: _Settings
+) -> Tensor:
+    if settings.triton:
+        from tess.kernels.triton.cross_entropy import each_loss as run
+
+        options = (settings.dtype, settings.smoothing, settings.slab_bytes)
+        return run(hidden_NH, weight_VH, ids_N, factors_N, *options)
+    return _EachLoss.apply(hidden_NH, weight_VH, ids_N, factors_N, settings)
 
 
 class _SummedLoss(torch.autograd.Function):

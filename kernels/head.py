@@ -16,7 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tess.kernels.dispatch import use_triton
+
 SLAB_BYTES = 96 << 20
+# On a GPU a slab's product has to have so many rows that it does not wait for the head's bytes, and
+# the sum of the head's gradient is read and written once a slab.
+DEVICE_SLAB_BYTES = 512 << 20
 # Products take whole groups of rows. MKL sums the rows that are left over in another order, so that
 # their last bits depend on the batch; over any number of whole groups a row's bits are the same
 # (seen with 1 and 2 threads).
@@ -73,7 +78,8 @@ def vocabulary_sweep(
     uniform_T: Tensor | None = None,
     expected_embedding_of: Tensor | None = None,
     processors: Processors | None = None,
-    slab_bytes: int = SLAB_BYTES,
+    slab_bytes: int | None = None,
+    backend: str | None = None,
 ) -> SweepOutput:
     """Choose a token for every row of hidden W^T and measure the row, without gradient.
 
@@ -95,8 +101,12 @@ def vocabulary_sweep(
             and returned in E's dtype, or autocast's.
         processors: called as (first row, float32 logits [R, V] of some rows) and gives the logits
             to choose from; it may write into its argument.
-        slab_bytes: bounds one slab of float32 logits, at least four rows. Two slabs are kept;
-            processors, a temperature, a narrow dtype and long nuclei need some more for a while.
+        slab_bytes: bounds one slab of float32 logits, at least four rows (None:
+            `choose_slab_bytes`). Two slabs are kept; processors, a temperature, a narrow dtype and
+            long nuclei need some more for a while. Triton keeps one, in the products' dtype.
+        backend: "torch", "triton" or "auto" (None: see `dispatch.py`). Both choose the same tokens;
+            in a draw without top_k and top_p they may differ where the uniform is within rounding
+            of the border of two tokens.
 
     In float32 with MKL a row's results have the same bits in every batch and with every slab_bytes
     (an embedding of fewer than 12 numbers excepted).
@@ -106,28 +116,54 @@ def vocabulary_sweep(
     rule = _Rule(choose, temperature, top_k, top_p, processors)
     _check(hidden_TH, weight_VH, expected_embedding_of)
     _check_rule(rule, len(hidden_TH), uniform_T)
-    width = len(weight_VH)
-    rows = _whole_groups(slab_rows(width, slab_bytes) - ROW_GROUP + 1)
-    most = min(rows, _whole_groups(len(hidden_TH)))
-    slabs = [hidden_TH.new_empty(most, width, dtype=torch.float32) for _ in range(2)]
+    triton = use_triton(hidden_TH, backend)
+    slab_bytes = choose_slab_bytes(slab_bytes, hidden_TH, triton)
     head = weight_VH.to(product_dtype(hidden_TH))
     table = expected_embedding_of
     if table is not None:
         same = table is weight_VH and product_dtype(table) == head.dtype
         table = head if same else table.to(product_dtype(table))
-    parts = []
     with torch.autocast(hidden_TH.device.type, enabled=False):
-        for start in range(0, len(hidden_TH), rows):
-            hidden_RH = hidden_TH[start : start + rows].to(head.dtype)
-            draw_R = None if uniform_T is None else uniform_T[start : start + rows]
-            used = [slab_RV[: _whole_groups(len(hidden_RH))] for slab_RV in slabs]
-            parts.append(_sweep_slab(hidden_RH, head, table, used, start, draw_R, rule))
+        if triton:
+            from tess.kernels.triton.head import vocabulary_sweep as run
+
+            parts = run(hidden_TH, head, table, uniform_T, rule, slab_bytes)
+        else:
+            parts = _sweep_slabs(hidden_TH, head, table, uniform_T, rule, slab_bytes)
     return _join(parts, hidden_TH, table)
+
+
+def _sweep_slabs(
+    hidden_TH: Tensor,
+    head: Tensor,
+    table: Tensor | None,
+    uniform_T: Tensor | None,
+    rule: _Rule,
+    slab_bytes: int,
+) -> list[SweepOutput]:
+    width = len(head)
+    rows = _whole_groups(slab_rows(width, slab_bytes) - ROW_GROUP + 1)
+    most = min(rows, _whole_groups(len(hidden_TH)))
+    slabs = [hidden_TH.new_empty(most, width, dtype=torch.float32) for _ in range(2)]
+    parts = []
+    for start in range(0, len(hidden_TH), rows):
+        hidden_RH = hidden_TH[start : start + rows].to(head.dtype)
+        draw_R = None if uniform_T is None else uniform_T[start : start + rows]
+        used = [slab_RV[: _whole_groups(len(hidden_RH))] for slab_RV in slabs]
+        parts.append(_sweep_slab(hidden_RH, head, table, used, start, draw_R, rule))
+    return parts
 
 
 def slab_rows(width: int, slab_bytes: int, item_bytes: int = 4) -> int:
     """How many rows of `width` numbers fit into a slab; at least one."""
     return max(1, slab_bytes // (width * item_bytes))
+
+
+def choose_slab_bytes(slab_bytes: int | None, like: Tensor, triton: bool) -> int:
+    """What was asked for, or else 96 MiB, and 512 MiB where kernels run on a GPU."""
+    if slab_bytes is not None:
+        return slab_bytes
+    return DEVICE_SLAB_BYTES if triton and like.device.type == "cuda" else SLAB_BYTES
 
 
 def _whole_groups(rows: int) -> int:

@@ -6,6 +6,8 @@ Letters: B batch, L length, H heads, P head width, G groups of B/C, N state widt
 K window, T tokens, E experts, S top-k, F expert inner width.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -17,46 +19,86 @@ def ssd_scan(
     b_BLGN: Tensor,
     c_BLGN: Tensor,
     *,
+    d_H: Tensor | None = None,
+    dt_bias_H: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limits: tuple[float, float] = (0.0, math.inf),
+    mask_BL: Tensor | None = None,
+    sequence_ids_BL: Tensor | None = None,
     direction: str = "forward",
     reverse_scale_H: Tensor | None = None,
     initial_state_BHPN: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The Mamba-2 recurrence as a loop over time (arXiv 2405.21060, section 2; no D term).
+    """The Mamba-2 recurrence as a loop over time (arXiv 2405.21060, section 2).
 
-    S_t = exp(dt_t a) S_(t-1) + dt_t x_t b_t^T and y_t = S_t c_t. `direction="reverse"` runs the
-    same recurrence from the last position to the first; "bidirectional" adds both with the
-    current token counted once, the reverse part times `reverse_scale_H` when that is given.
+    S_t = exp(dt_t a) S_(t-1) + dt_t x_t b_t^T and y_t = S_t c_t + d x_t, where the state is zero
+    again at the first position of every sequence but the row's first. dt_t is clamp(softplus(raw +
+    bias)), 0 at padding. `direction="reverse"` runs the same recurrence from the last position to
+    the first; "bidirectional" adds both with the current token counted once, the reverse part times
+    `reverse_scale_H` when that is given.
 
     Returns y [B, L, H, P] and the state after the last position of the forward scan [B, H, P, N]
     (for "reverse": after the first position).
     """
-    if direction == "bidirectional":
-        forward, final_state = ssd_scan(
-            x_BLHP, dt_BLH, a_H, b_BLGN, c_BLGN, initial_state_BHPN=initial_state_BHPN
-        )
-        backward, _ = ssd_scan(x_BLHP, dt_BLH, a_H, b_BLGN, c_BLGN, direction="reverse")
-        heads = x_BLHP.shape[2] // b_BLGN.shape[2]
-        cb_BLH = (b_BLGN * c_BLGN).sum(-1).repeat_interleave(heads, dim=-1)
-        backward = backward - (dt_BLH * cb_BLH)[..., None] * x_BLHP
-        if reverse_scale_H is not None:
-            backward = backward * reverse_scale_H[:, None]
-        return forward + backward, final_state
-
+    dt_BLH = step_sizes(dt_BLH, dt_bias_H, dt_softplus, dt_limits, mask_BL)
+    skip_BLHP = 0.0 if d_H is None else d_H[:, None] * x_BLHP
+    ids_BL = sequence_ids_BL
+    if ids_BL is None:
+        ids_BL = torch.zeros(x_BLHP.shape[:2], dtype=torch.long, device=x_BLHP.device)
+    block = (x_BLHP, dt_BLH, b_BLGN, c_BLGN, ids_BL)
+    flipped = [tensor.flip(1) for tensor in block]
+    if direction == "forward":
+        y, state = _recurrence(*block, a_H, initial_state_BHPN)
+        return y + skip_BLHP, state
     if direction == "reverse":
-        flipped = [tensor.flip(1) for tensor in (x_BLHP, dt_BLH, b_BLGN, c_BLGN)]
-        y, state = ssd_scan(
-            flipped[0], flipped[1], a_H, *flipped[2:], initial_state_BHPN=initial_state_BHPN
-        )
-        return y.flip(1), state
+        y, state = _recurrence(*flipped, a_H, initial_state_BHPN)
+        return y.flip(1) + skip_BLHP, state
+    forward, state = _recurrence(*block, a_H, initial_state_BHPN)
+    backward = _recurrence(*flipped, a_H, None)[0].flip(1)
+    heads = x_BLHP.shape[2] // b_BLGN.shape[2]
+    cb_BLH = (b_BLGN * c_BLGN).sum(-1).repeat_interleave(heads, dim=-1)
+    backward = backward - (dt_BLH * cb_BLH)[..., None] * x_BLHP
+    if reverse_scale_H is not None:
+        backward = backward * reverse_scale_H[:, None]
+    return forward + backward + skip_BLHP, state
 
+
+def step_sizes(
+    dt: Tensor,
+    dt_bias_H: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limits: tuple[float, float] = (0.0, math.inf),
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Step sizes [..., H] of the scan: dt + bias, log(1 + e^dt) if asked for, clamp, padding 0."""
+    if dt_bias_H is not None:
+        dt = dt + dt_bias_H
+    if dt_softplus:
+        dt = torch.logaddexp(dt, torch.zeros_like(dt))
+    dt = dt.clamp(*dt_limits)
+    return dt if mask is None else torch.where(mask[..., None], dt, 0.0)
+
+
+def _recurrence(
+    x_BLHP: Tensor,
+    dt_BLH: Tensor,
+    b_BLGN: Tensor,
+    c_BLGN: Tensor,
+    ids_BL: Tensor,
+    a_H: Tensor,
+    state_BHPN: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     batch, length, heads, width = x_BLHP.shape
     repeat = heads // b_BLGN.shape[2]
     b_BLHN, c_BLHN = (tensor.repeat_interleave(repeat, dim=2) for tensor in (b_BLGN, c_BLGN))
-    state = initial_state_BHPN
+    state = state_BHPN
     if state is None:
         state = x_BLHP.new_zeros(batch, heads, width, b_BLGN.shape[-1])
     outputs = []
     for t in range(length):
+        if t > 0:
+            same = ids_BL[:, t] == ids_BL[:, t - 1]
+            state = torch.where(same[:, None, None, None], state, 0.0)
         decay = (dt_BLH[:, t] * a_H).exp()[..., None, None]
         update = (dt_BLH[:, t, :, None] * x_BLHP[:, t])[..., None] * b_BLHN[:, t, :, None, :]
         state = decay * state + update
@@ -66,21 +108,38 @@ def ssd_scan(
 
 
 def causal_conv1d(
-    x_BLD: Tensor, weight_DK: Tensor, bias_D: Tensor | None, window_BKD: Tensor | None = None
+    x_BLD: Tensor,
+    weight_DK: Tensor,
+    bias_D: Tensor | None,
+    window_BKD: Tensor | None = None,
+    *,
+    sequence_ids_BL: Tensor | None = None,
+    mask_BL: Tensor | None = None,
 ) -> Tensor:
     """SiLU of a depthwise causal convolution; tap K-1 multiplies the current position.
 
-    `window_BKD` holds the K-1 inputs before the block (zeros when None).
+    `window_BKD` holds the K-1 inputs before the block (zeros when None), which belong to the row's
+    first sequence. Taps do not reach into another sequence; where the mask is False x counts as 0.
     """
+    batch, length, _ = x_BLD.shape
     taps = weight_DK.shape[1]
-    if window_BKD is None:
-        window_BKD = x_BLD.new_zeros(x_BLD.shape[0], taps - 1, x_BLD.shape[2])
-    padded = torch.cat([window_BKD, x_BLD], dim=1)
-    out = torch.stack(
-        [(padded[:, t : t + taps] * weight_DK.T).sum(1) for t in range(x_BLD.shape[1])], dim=1
-    )
-    if bias_D is not None:
-        out = out + bias_D
+    rows = []
+    for i in range(batch):
+        ids = [0] * length if sequence_ids_BL is None else sequence_ids_BL[i].tolist()
+        for t in range(length):
+            total = torch.zeros_like(x_BLD[i, t]) if bias_D is None else bias_D
+            for k in range(taps):
+                place = t - (taps - 1) + k
+                if place < 0:
+                    seen = window_BKD is not None and ids[t] == ids[0]
+                    value = window_BKD[i, taps - 1 + place] if seen else None
+                else:
+                    seen = ids[t] == ids[place] and (mask_BL is None or bool(mask_BL[i, place]))
+                    value = x_BLD[i, place] if seen else None
+                if value is not None:
+                    total = total + weight_DK[:, k] * value
+            rows.append(total)
+    out = torch.stack(rows).view(x_BLD.shape) if rows else x_BLD
     return out * torch.sigmoid(out)
 
 

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from tess.kernels import random
+from tess.kernels.dispatch import use_triton
 from tess.kernels.order_statistics import (
     EmbeddingMoments,
     TokenWeights,
@@ -55,6 +56,7 @@ def simplex_embedding(
     noise: str = "order_statistics",
     num_top: int = 32,
     moments: EmbeddingMoments | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """softmax(x) E of the noised simplex x = signal S(ids) + noise eps, [B, L, H] in E's dtype.
 
@@ -71,9 +73,11 @@ def simplex_embedding(
         num_top: K, how many noises are drawn exactly; with K = V - 1 the law is exact.
         moments: of E, for order statistics; computed here when None, which reads all of E. Those of
             a slightly older E do, since they only shape what is left after the top tokens.
+        backend: "torch", "triton" or "auto" (None: see `dispatch.py`); both draw the same tokens.
 
-    Products and sums are float32, or float64 when E is. Raises ValueError for shapes, ids, scales,
-    K, moments and noise names that do not fit.
+    Products and sums are float32, or float64 when E is; Triton rounds the operands of L z, the
+    Gaussian part of what is left, to a narrower E's dtype. Raises ValueError for shapes, ids,
+    scales, K, moments and noise names that do not fit.
     """
     _check_shapes(token_ids_BL, signal_BL, noise_BL, weight_VH, keys_B)
     _check_values(token_ids_BL, noise_BL, weight_VH)
@@ -81,14 +85,13 @@ def simplex_embedding(
     if token_ids_BL.numel() == 0:
         return weight_VH.new_zeros(*token_ids_BL.shape, weight_VH.shape[1])
     scales = (2 * signal_BL.expand_as(token_ids_BL), noise_BL.expand_as(token_ids_BL))
-    rows = _Rows(token_ids_BL, *scales, keys_B, counter)
+    rows = _Rows(token_ids_BL, *scales, keys_B, counter, use_triton(weight_VH, backend))
     with torch.autocast(weight_VH.device.type, enabled=False):
         if noise == "dense":
             x_RH = _DenseEmbedding.apply(weight_VH, rows)
         else:
             moments = embedding_moments(weight_VH) if moments is None else moments
-            tokens = _draw_tokens(rows, len(weight_VH), num_top)
-            x_RH = _SampledEmbedding.apply(weight_VH, rows, *tokens, moments)
+            x_RH = _sampled(weight_VH, rows, num_top, moments)
     return x_RH.view(*token_ids_BL.shape, -1)
 
 
@@ -96,10 +99,17 @@ class _Rows:
     """The positions of all examples in a row, and what is known of each."""
 
     def __init__(
-        self, ids_BL: Tensor, gap_BL: Tensor, sigma_BL: Tensor, keys_B: Tensor, counter: int
+        self,
+        ids_BL: Tensor,
+        gap_BL: Tensor,
+        sigma_BL: Tensor,
+        keys_B: Tensor,
+        counter: int,
+        triton: bool = False,
     ) -> None:
         self.batch, self.length = ids_BL.shape
         self.counter = counter
+        self.triton = triton  # whether kernels take these rows
         self.ids_R = ids_BL.reshape(-1)
         self.gap_R = gap_BL.detach().reshape(-1)
         self.sigma_R = sigma_BL.detach().reshape(-1)
@@ -124,6 +134,15 @@ def _pad_rows(x: Tensor, multiple: int = SLAB_ROWS) -> Tensor:
 
 
 # ---- order statistics ----
+
+
+def _sampled(weight_VH: Tensor, rows: _Rows, num_top: int, moments: EmbeddingMoments) -> Tensor:
+    if rows.triton:
+        from tess.kernels.triton.simplex_embedding import simplex_embedding as run
+
+        return run(weight_VH, rows, num_top, moments)
+    tokens = _draw_tokens(rows, len(weight_VH), num_top)
+    return _SampledEmbedding.apply(weight_VH, rows, *tokens, moments)
 
 
 def _draw_tokens(rows: _Rows, vocabulary: int, num_top: int) -> tuple[Tensor, TokenWeights]:
@@ -295,6 +314,12 @@ def _tiles(vocabulary: int) -> Iterator[slice]:
 def _tile_logits(rows: _Rows, slab: slice, tile: slice, dtype: torch.dtype) -> Tensor:
     """The logits [R, T], up to the shift that leaves -signal out."""
     width = tile.stop - tile.start
+    if rows.triton:
+        from tess.kernels.triton.simplex_embedding import tile_logits
+
+        fields = (rows.keys_R, rows.positions_R, rows.ids_R, rows.gap_R, rows.sigma_R)
+        part = (field[slab] for field in fields)
+        return tile_logits(*part, rows.counter, tile.start, width, dtype)
     place = (rows.keys_R[slab], rows.positions_R[slab], rows.counter)
     normals_RT = random.normal_at(*place, tile.start, width).to(dtype)
     logits_RT = normals_RT * rows.sigma_R[slab, None].to(dtype)

@@ -2,35 +2,48 @@
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from tess.benchmark_decoding import benchmark_decoding, format_decoding
-from tess.benchmark_law import benchmark_law, format_law
-from tess.benchmark_loading import benchmark_loading, format_loading
-from tess.benchmark_vocabulary import PARTS, benchmark_vocabulary, format_vocabulary
-from tess.benchmarks import benchmark_backbone, format_table
+from tess.benchmark_gpu import Options, benchmark_gpu
+from tess.benchmark_gpu_checks import DTYPES, OPERATIONS
+from tess.benchmark_gpu_peers import PACKAGES
+from tess.benchmark_gpu_report import format_gpu
+from tess.benchmark_gpu_shapes import SHAPES
 from tess.cli import default_checkpoint, run
 from tess.errors import UserError
 
 JSON_KEYS = """\
 --json FILE writes one object; its keys are stable:
-  benchmark             "backbone", "decoding", "loading", "vocabulary" or "law"
+  benchmark             "backbone", "decoding", "loading", "vocabulary", "law" or "gpu"
   rival                 what it is compared with (backbone, decoding, vocabulary)
-  environment           date, processor, threads, python, torch, transformers
+  environment           date, processor, threads, python, torch, transformers; of gpu date, device,
+                        capability, memory_bytes, driver, cuda, python, torch, triton, transformers,
+                        autotuned (TESS_AUTOTUNE=1; otherwise the shipped configurations are timed)
   rows                  a list with an object per line of the table
 backbone:
   pattern, hidden_size, length, batch, seed
                         what was run
-  relative_difference   of the two outputs, as a share of the rival's norm
+  relative_difference   largest of the rows in float32
   of each row:
-      what              "forward" or "forward + backward"
+      part              "model": hidden width 256; "wide": 1024; "scan": the Mamba-2 scan alone at
+                        the shapes of Nemotron-3-Nano; "block": 64 tokens denoised after a cached
+                        text, the rival reads both again
+      what              "forward", "forward + backward" or "denoise"
       dtype             "float32" or "bfloat16" (autocast)
-      ours_ms, rival_ms medians in milliseconds
-      ratio             median of rival / ours, pair by pair: above 1, ours is faster
+      ours_ms, rival_ms medians in milliseconds; the rival with its default chunks of 128
+      ratio             median of rival / ours, turn by turn: above 1, ours is faster
       ratio_q1, ratio_q3
                         its quartiles
       pairs             measurements of each
+      fast_rival_ms, fast_ratio, fast_ratio_q1, fast_ratio_q3
+                        the same with chunks of 64, where the rival is faster on a CPU
+      products_ms, products_share
+                        the bare products of the model's weights, and products_ms / ours_ms: 1 is
+                        the most that can be reached; null for the scan
+      difference        of the two outputs, as a share of the rival's norm; null for blocks
 decoding:
   checkpoint, parameters, dtype, sources, repeats
                         what was run: a model, its size, packaged texts, passes over each batch
@@ -82,7 +95,44 @@ law:
       accuracy, accuracy_deviations
                         of a classifier on held-out samples, 0.5 is chance
       rejected          whether any statistic is beyond its bound
+gpu:
+  dry_run               true: on the CPU in Triton's interpreter, the times mean nothing
+  dtype, seed, repeats  what was run
+  shapes                of each: name, batch, length, hidden, heads, head_width, states, groups,
+                        taps, experts, top_k, inner, expert_width, vocabulary, num_top, few_tokens
+  ceilings              copy_bytes_per_second, bfloat16_flops, float32_flops of this machine
+  peers                 package and version of each, null where it is not installed
+  checks                of each configuration, against float64:
+      op, variant, shape, dtype, configuration
+                        what was run; "its own" is what this device runs
+      worst, error, bound
+                        the output or gradient ("d NAME") nearest to its bound, or beyond it
+      runs_equal        whether all runs gave the same bits
+      passed            null: this configuration does not fit the device
+      tables            of configurations that were used
+  tables_not_run        those that no check used
+  failed                operations with a check that did not pass, or no right values when timed
+  of each row:
+      op, variant, shape, what
+                        the comparison; what: "forward" or "forward + backward"
+      system, package   "ours", "PyTorch path of ours", or a peer
+      comparable        whether it computes the same values; otherwise it is a measure only
+      failed            ours is wrong or does not run: no times
+      ms, ms_q20, ms_q80, runs
+                        median and quantiles of a run in milliseconds, and how many runs
+      host_ms           median time that the host takes to launch a run
+      ratio             ms / ours: above 1, ours is faster
+      peak_bytes, memory_ratio
+                        most bytes of a run beyond those before it, and that / ours
+      difference        of outputs and gradients from those of the PyTorch path, worst norm ratio
+      least_ms, of_roofline, bound_by
+                        the least time by the ceilings, least_ms / ms, and which ceiling binds
+      note              why it has no figures, or what to know of them
+  goals                 goal, wanted, at_least (or at most), figure, met; null where not measured
 """
+
+
+BACKBONE_PARTS = ("model", "scan", "wide", "block")
 
 
 def positive(text: str) -> int:
@@ -104,7 +154,11 @@ def make_parser() -> argparse.ArgumentParser:
     backbone.add_argument("--pattern", default="M*E-", help="layers (default: %(default)s)")
     backbone.add_argument("--length", type=positive, default=512, help="tokens (default: 512)")
     backbone.add_argument("--batch", type=positive, default=1, help="rows (default: 1)")
-    backbone.add_argument("--repeats", type=positive, default=15, help="pairs (default: 15)")
+    backbone.add_argument("--repeats", type=positive, default=15, help="turns (default: 15)")
+    backbone.add_argument(
+        "--parts", choices=BACKBONE_PARTS, nargs="+", default=list(BACKBONE_PARTS),
+        help="(default: all, see below)",
+    )  # fmt: skip
     backbone.add_argument("--seed", type=int, default=0, help="weights and input (default: 0)")
 
     decoding = commands.add_parser(
@@ -133,8 +187,9 @@ def make_parser() -> argparse.ArgumentParser:
     vocabulary = commands.add_parser(
         "vocabulary", help="noised simplex and whole steps against materialised tensors", **layout
     )
+    parts = ("embedding", "training", "denoising")
     vocabulary.add_argument(
-        "--parts", choices=PARTS, nargs="+", default=list(PARTS), help="(default: all)"
+        "--parts", choices=parts, nargs="+", default=list(parts), help="(default: all)"
     )
     vocabulary.add_argument(
         "--vocab_size", type=positive, nargs="+", default=[8_192, 32_768, 131_072],
@@ -157,20 +212,77 @@ def make_parser() -> argparse.ArgumentParser:
     law.add_argument("--width", type=positive, default=128, help="without it (default: 128)")
     law.add_argument("--n", type=positive, default=2_048, help="samples a side (default: 2048)")
     law.add_argument("--seed", type=int, default=0, help="(default: 0)")
-    for command in (backbone, decoding, loading, vocabulary, law):
+
+    gpu = commands.add_parser("gpu", help="the kernels on this GPU: right, then how fast", **layout)
+    gpu.add_argument(
+        "--shapes", choices=SHAPES, nargs="+", default=list(SHAPES),
+        help="Nemotron-3-Nano, the shipped model (default: both)",
+    )  # fmt: skip
+    gpu.add_argument(
+        "--ops", choices=OPERATIONS, nargs="+", default=list(OPERATIONS), help="(default: all)"
+    )
+    gpu.add_argument(
+        "--peers", choices=tuple(PACKAGES), nargs="*", default=list(PACKAGES),
+        help="packages to compare with (default: all)",
+    )  # fmt: skip
+    gpu.add_argument(
+        "--dtype", choices=tuple(DTYPES), default="bfloat16",
+        help="of the times (default: bfloat16)",
+    )  # fmt: skip
+    gpu.add_argument("--repeats", type=positive, default=20, help="timed runs (default: 20)")
+    gpu.add_argument("--batch", type=positive, help="texts (default: 8, shipped model 64)")
+    gpu.add_argument("--length", type=positive, help="tokens (default: 4096, shipped model 128)")
+    gpu.add_argument("--seed", type=int, default=0, help="inputs (default: 0)")
+    gpu.add_argument(
+        "--workers", type=int, default=Options.workers,
+        help="processes that check the kernels; 0: this one (default: %(default)s)",
+    )  # fmt: skip
+    gpu.add_argument(
+        "--dry_run", action="store_true",
+        help="tiny shapes on the CPU in Triton's interpreter, to see that everything runs",
+    )  # fmt: skip
+    for command in (backbone, decoding, loading, vocabulary, law, gpu):
         command.add_argument("--json", type=Path, help="also write all figures here, see below")
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Parse, measure, print the table, and write the figures if asked."""
+def gpu_result(args: argparse.Namespace) -> dict[str, Any]:
+    """Run the GPU benchmark; what is known after each part is in the JSON file at once."""
+
+    def keep(result: dict[str, Any]) -> None:
+        if args.json is not None:
+            args.json.write_text(json.dumps(result, indent=2) + "\n")
+
+    options = Options(
+        shapes=tuple(args.shapes), ops=tuple(args.ops), peers=tuple(args.peers), dtype=args.dtype,
+        repeats=args.repeats, batch=args.batch, length=args.length, seed=args.seed,
+        workers=args.workers, dry_run=args.dry_run,
+    )  # fmt: skip
+    return benchmark_gpu(options, lambda line: print(line, file=sys.stderr, flush=True), keep)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, measure, print the table, and write the figures if asked.
+
+    Returns 1 where the GPU benchmark found a wrong kernel, or else 0. Each benchmark is imported
+    when it is asked for: that of the GPU needs fewer packages than the others.
+    """
     args = make_parser().parse_args(argv)
     if args.json is not None and not args.json.resolve().parent.is_dir():
         raise UserError(f"--json {args.json}: there is no folder {args.json.resolve().parent}")
-    if args.command == "backbone":
-        result = benchmark_backbone(args.pattern, args.length, args.batch, args.repeats, args.seed)
+    if args.command == "gpu":
+        result = gpu_result(args)
+        table = format_gpu(result)
+    elif args.command == "backbone":
+        from tess.benchmark_backbone import benchmark_backbone, format_table
+
+        result = benchmark_backbone(
+            args.pattern, args.length, args.batch, args.repeats, args.seed, tuple(args.parts)
+        )
         table = format_table(result)
     elif args.command == "decoding":
+        from tess.benchmark_decoding import benchmark_decoding, format_decoding
+
         result = benchmark_decoding(
             args.checkpoint or default_checkpoint(),
             rows=args.rows,
@@ -181,14 +293,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         table = format_decoding(result)
     elif args.command == "loading":
+        from tess.benchmark_loading import benchmark_loading, format_loading
+
         result = benchmark_loading(args.megabytes, args.shard_megabytes)
         table = format_loading(result)
     elif args.command == "vocabulary":
+        from tess.benchmark_vocabulary import benchmark_vocabulary, format_vocabulary
+
         result = benchmark_vocabulary(
             args.vocab_size, args.parts, args.repeats, args.dtype, args.seed
         )
         table = format_vocabulary(result)
     else:
+        from tess.benchmark_law import benchmark_law, format_law
+
         result = benchmark_law(
             args.vocab_size, args.width, embedding=args.embedding, n=args.n, seed=args.seed
         )
@@ -196,6 +314,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(table)
     if args.json is not None:
         args.json.write_text(json.dumps(result, indent=2) + "\n")
+    return int(bool(result.get("failed")))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Side-by-side timings: every figure is taken in the same run as its rival's, as a ratio."""
 
-import math
 import platform
 import statistics
 import time
@@ -10,10 +9,6 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from torch import nn
-
-from tess.backbones.config import HybridConfig
-from tess.backbones.hybrid import HybridModel
 
 HIDDEN_256 = {
     "vocab_size": 1024, "hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -22,7 +17,6 @@ HIDDEN_256 = {
     "moe_intermediate_size": 128, "moe_shared_expert_intermediate_size": 256,
     "moe_latent_size": 64,
 }  # fmt: skip
-CHUNK_OURS, CHUNK_RIVAL = 64, 128  # each its faster of the two on CPU; rounding alone differs
 
 
 def environment() -> dict[str, Any]:
@@ -37,103 +31,36 @@ def environment() -> dict[str, Any]:
     }
 
 
-def time_pairs(
-    ours: Callable[[], Any], rival: Callable[[], Any], repeats: int
-) -> dict[str, float | int]:
-    """Run both in turn, A B A B, after one warm-up each.
-
-    Returns the medians in milliseconds, the median of the pairwise ratios rival / ours (above 1:
-    ours is faster), its quartiles, and the number of pairs.
-    """
-    ours(), rival()
-    pairs = []
+def time_turns(functions: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Run all in turn, A B C A B C, after one warm-up each; milliseconds of each run."""
+    for function in functions.values():
+        function()
+    times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(repeats):
-        times = []
-        for function in (ours, rival):
+        for name, function in functions.items():
             start = time.perf_counter()
             function()
-            times.append(1e3 * (time.perf_counter() - start))
-        pairs.append(times)
-    ratios = sorted(theirs / mine for mine, theirs in pairs)
+            times[name].append(1e3 * (time.perf_counter() - start))
+    return times
+
+
+def summarize_turns(ours: list[float], rival: list[float]) -> dict[str, float | int]:
+    """The medians in milliseconds, the median of the ratios rival / ours of the same turn (above
+    1: ours is faster), its quartiles, and the number of turns."""
+    ratios = sorted(theirs / mine for mine, theirs in zip(ours, rival, strict=True))
     return {
-        "ours_ms": statistics.median(mine for mine, _ in pairs),
-        "rival_ms": statistics.median(theirs for _, theirs in pairs),
+        "ours_ms": statistics.median(ours),
+        "rival_ms": statistics.median(rival),
         "ratio": statistics.median(ratios),
         "ratio_q1": ratios[len(ratios) // 4],
         "ratio_q3": ratios[(3 * len(ratios)) // 4],
-        "pairs": repeats,
+        "pairs": len(ratios),
     }
 
 
-def benchmark_backbone(
-    pattern: str = "M*E-", length: int = 512, batch: int = 1, repeats: int = 15, seed: int = 0
-) -> dict[str, Any]:
-    """Our backbone against transformers' Nemotron-H with the same weights, hidden width 256.
-
-    Forward, and forward with backward, in float32 and under bfloat16 autocast. transformers'
-    step-size floor is opened first, so that both compute the same function; the relative
-    difference of their outputs is part of the result.
-    """
-    from transformers import NemotronHConfig, NemotronHModel
-
-    torch.manual_seed(seed)
-    options = HIDDEN_256 | {"hybrid_override_pattern": pattern}
-    ours = HybridModel(HybridConfig(**options, chunk_size=CHUNK_OURS))
-    rival = NemotronHModel(NemotronHConfig(**options, chunk_size=CHUNK_RIVAL))
-    ours.load_state_dict(rival.state_dict())
-    for module in rival.modules():
-        if hasattr(module, "time_step_limit"):
-            module.time_step_limit = (0.0, math.inf)
-    ids = torch.randint(0, options["vocab_size"], (batch, length))
-
-    def forward(model: nn.Module) -> torch.Tensor:
-        options = {"use_cache": False} if model is rival else {}
-        return model(input_ids=ids, **options).last_hidden_state
-
-    def inference(model: nn.Module) -> torch.Tensor:
-        with torch.no_grad():
-            return forward(model)
-
-    def training(model: nn.Module) -> None:
-        forward(model).square().mean().backward()
-
-    want = inference(rival)
-    difference = ((inference(ours) - want).norm() / want.norm()).item()
-    rows = []
-    for name, function in (("forward", inference), ("forward + backward", training)):
-        for dtype in (torch.float32, torch.bfloat16):
-            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-                figures = time_pairs(lambda: function(ours), lambda: function(rival), repeats)
-            rows.append({"what": name, "dtype": str(dtype).removeprefix("torch."), **figures})
-    return {
-        "benchmark": "backbone",
-        "rival": "transformers NemotronHModel",
-        "pattern": pattern,
-        "hidden_size": options["hidden_size"],
-        "length": length,
-        "batch": batch,
-        "seed": seed,
-        "relative_difference": difference,
-        "rows": rows,
-        "environment": environment(),
-    }
-
-
-def format_table(result: dict[str, Any]) -> str:
-    """A benchmark's rows as a Markdown table under one line that says what was measured."""
-    env = result["environment"]
-    lines = [
-        f"{result['benchmark']}: pattern {result['pattern']}, hidden {result['hidden_size']}, "
-        f"{result['batch']} x {result['length']} tokens, rival {result['rival']}; "
-        f"torch {env['torch']}, transformers {env['transformers']}, {env['threads']} threads, "
-        f"{env['processor']}, {env['date']}; outputs differ by {result['relative_difference']:.1e}",
-        "",
-        "| what | dtype | ours ms | rival ms | ratio (quartiles) | pairs |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in result["rows"]:
-        lines.append(
-            f"| {row['what']} | {row['dtype']} | {row['ours_ms']:.1f} | {row['rival_ms']:.1f} | "
-            f"{row['ratio']:.2f} ({row['ratio_q1']:.2f}-{row['ratio_q3']:.2f}) | {row['pairs']} |"
-        )
-    return "\n".join(lines)
+def time_pairs(
+    ours: Callable[[], Any], rival: Callable[[], Any], repeats: int
+) -> dict[str, float | int]:
+    """Run both in turn, A B A B, after one warm-up each, and summarize."""
+    times = time_turns({"ours": ours, "rival": rival}, repeats)
+    return summarize_turns(times["ours"], times["rival"])

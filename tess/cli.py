@@ -2,10 +2,9 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
-
-from diffusers.utils import logging as diffusers_logging
-from transformers.utils import logging as transformers_logging
 
 from tess.errors import UserError
 
@@ -26,10 +25,7 @@ def run(main: Callable[[Sequence[str] | None], int | None]) -> None:
     2; Ctrl-C gives status 130 and a closed pipe on stdout gives 141. Anything else is a defect and
     keeps its traceback.
     """
-    # transformers' and diffusers' bars for reading and writing files; scripts have their own for
-    # what takes time.
-    transformers_logging.disable_progress_bar()
-    diffusers_logging.disable_progress_bar()
+    _disable_progress_bars()
     try:
         status = main(None)
         sys.stdout.flush()
@@ -45,6 +41,16 @@ def run(main: Callable[[Sequence[str] | None], int | None]) -> None:
         print(f"error: {one_sentence(error)}", file=sys.stderr)
         sys.exit(2)
     sys.exit(status or 0)
+
+
+def _disable_progress_bars() -> None:
+    """transformers' and diffusers', for reading and writing files; scripts have their own.
+
+    Imported here and where they are installed only: kernels are compiled and measured without them.
+    """
+    for package in ("transformers", "diffusers"):
+        if find_spec(package) is not None:
+            import_module(f"{package}.utils.logging").disable_progress_bar()
 
 
 def default_checkpoint() -> Path:

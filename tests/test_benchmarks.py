@@ -39,14 +39,27 @@ def measured(tmp_path, capsys):
 def test_backbone_compares_the_same_function(measured):
     figures, table = measured("backbone", "--length", 20, "--repeats", 2)
     assert figures["relative_difference"] < 1e-5
-    assert [(row["what"], row["dtype"]) for row in figures["rows"]] == [
+    kinds = [
         (what, dtype)
         for what in ("forward", "forward + backward")
         for dtype in ("float32", "bfloat16")
     ]
+    expected = [(part, *kind) for part in ("model", "scan", "wide") for kind in kinds]
+    expected += [("block", "denoise", dtype) for dtype in ("float32", "bfloat16")]
+    assert [(row["part"], row["what"], row["dtype"]) for row in figures["rows"]] == expected
     for row in figures["rows"]:
         assert row["ours_ms"] > 0 and row["rival_ms"] > 0 and row["pairs"] == 2
+        assert (row["products_share"] is None) == (row["part"] == "scan")
+        assert (row["difference"] is None) == (row["part"] == "block")
+        if row["difference"] is not None:
+            assert row["difference"] < (1e-5 if row["dtype"] == "float32" else 3e-2)
     assert "ratio" in table
+
+
+def test_backbone_measures_the_parts_asked_for(measured):
+    figures, _ = measured("backbone", "--length", 70, "--repeats", 1, "--parts", "block")
+    assert {row["part"] for row in figures["rows"]} == {"block"}
+    assert figures["relative_difference"] is None
 
 
 def test_decoding_compares_three_systems_that_write_the_same_texts(measured):

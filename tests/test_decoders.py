@@ -83,6 +83,8 @@ def test_seeds_lengths_and_counts(checkpoints, name):
 @pytest.mark.parametrize("name", ["tess", "ar"])
 def test_sampled_texts_do_not_depend_on_batch_or_order(checkpoints, name):
     decoder = load_decoder(checkpoints, name)
+    # products of another batch size round otherwise; in float32 that is another token in 1 of 25
+    decoder.model.double()
     texts = [*TEXTS, "a cat", "a cat"]
     options = {"top_p": 0.9, "temperature": 1.5}
     together = decoder.generate(texts, **options)

@@ -1,118 +1,15 @@
 """The fast paths of kernels/ against the float64 references."""
 
-import math
-
 import pytest
 import torch
 
-from tess.kernels import conv, experts, norms, reference, ssd
-
-CHUNK = 16
+from tess.kernels import conv, experts, norms, reference
+from tess.kernels.attention import causal_attention
+from tess.kernels.norm_gradients import squared_relu
 
 
 def relative(got, want):
     return ((got.double() - want.double()).norm() / want.double().norm()).item()
-
-
-def scan_inputs(length, batch=2, heads=4, width=3, groups=2, states=5, dtype=torch.float64):
-    torch.manual_seed(length)
-    make = lambda *shape: torch.randn(*shape, dtype=dtype)  # noqa: E731
-    dt = torch.nn.functional.softplus(make(batch, length, heads))
-    a = -torch.rand(heads, dtype=dtype) * 2
-    x, b, c = (
-        make(batch, length, heads, width),
-        make(batch, length, groups, states),
-        make(batch, length, groups, states),
-    )
-    return [x, dt, a, b, c]
-
-
-@pytest.mark.parametrize("initial", [False, True], ids=["empty", "seeded"])
-@pytest.mark.parametrize("direction", ["forward", "bidirectional"])
-@pytest.mark.parametrize("length", [1, 7, 15, 16, 17, 50])
-def test_chunked_scan_equals_the_recurrence(length, direction, initial):
-    inputs = [tensor.requires_grad_() for tensor in scan_inputs(length)]
-    state = torch.randn(2, 4, 3, 5, dtype=torch.float64) if initial else None
-    scale = torch.randn(4, dtype=torch.float64) if direction == "bidirectional" else None
-    options = {"direction": direction, "reverse_scale_H": scale, "initial_state_BHPN": state}
-    want, want_state = reference.ssd_scan(*inputs, **options)
-    got = ssd.ssd_scan(*inputs, chunk_size=CHUNK, return_final_state=True, **options)
-    assert relative(got.y, want) < 1e-12
-    assert relative(got.final_state, want_state) < 1e-12
-
-    weight = torch.randn_like(want)
-    expected = torch.autograd.grad((want * weight).sum(), inputs)
-    actual = torch.autograd.grad((got.y * weight).sum(), inputs)
-    for one, other in zip(actual, expected):
-        assert (one - other).norm() <= 1e-11 * (1 + other.norm())
-
-
-def test_chunked_scan_in_float32_stays_close_for_extreme_steps():
-    inputs = scan_inputs(100)
-    for scale in (1e-4, 30.0):  # nearly no decay, and exp(-60) per step
-        scaled = [inputs[0], inputs[1] * scale, *inputs[2:]]
-        want, _ = reference.ssd_scan(*scaled, direction="bidirectional")
-        low = [tensor.float() for tensor in scaled]
-        got = ssd.ssd_scan(*low, chunk_size=CHUNK, direction="bidirectional")
-        assert relative(got.y, want) < 1e-5
-
-
-def test_scan_in_blocks_equals_one_scan():
-    x, dt, a, b, c = scan_inputs(41)
-    want = ssd.ssd_scan(x, dt, a, b, c, chunk_size=CHUNK, return_final_state=True)
-    state, parts = None, []
-    for start, stop in ((0, 1), (1, 8), (8, 41)):
-        piece = slice(start, stop)
-        out = ssd.ssd_scan(
-            x[:, piece], dt[:, piece], a, b[:, piece], c[:, piece],
-            chunk_size=CHUNK, initial_state_BHPN=state, return_final_state=True,
-        )  # fmt: skip
-        state = out.final_state
-        parts.append(out.y)
-    assert relative(torch.cat(parts, 1), want.y) < 1e-12
-    assert relative(state, want.final_state) < 1e-12
-
-
-def test_single_step_equals_the_scan():
-    x, dt, a, b, c = scan_inputs(9)
-    want = ssd.ssd_scan(x, dt, a, b, c, return_final_state=True)
-    state = torch.zeros(2, 4, 3, 5, dtype=torch.float64)
-    for t in range(9):
-        y, state = ssd.ssd_step(x[:, t], dt[:, t], a, b[:, t], c[:, t], state)
-        assert relative(y, want.y[:, t]) < 1e-12
-    assert relative(state, want.final_state) < 1e-12
-
-
-def test_zero_step_skips_a_position():
-    x, dt, a, b, c = scan_inputs(12)
-    keep = torch.tensor([i not in (3, 4, 11) for i in range(12)])
-    masked = ssd.ssd_scan(x, dt * keep[:, None], a, b, c, direction="bidirectional")
-    short = ssd.ssd_scan(
-        x[:, keep], dt[:, keep], a, b[:, keep], c[:, keep], direction="bidirectional"
-    )
-    assert relative(masked.y[:, keep], short.y) < 1e-12
-
-
-def test_scan_accepts_slices_of_a_wider_tensor():
-    x, dt, a, b, c = scan_inputs(20)
-    wide = torch.cat([x.flatten(2), b.flatten(2), c.flatten(2)], -1)
-    xs, bs, cs = wide.split([12, 10, 10], -1)
-    got = ssd.ssd_scan(
-        xs.unflatten(-1, (4, 3)), dt, a, bs.unflatten(-1, (2, 5)), cs.unflatten(-1, (2, 5))
-    )
-    assert torch.equal(got.y, ssd.ssd_scan(x, dt, a, b, c).y)
-
-
-def test_scan_refuses_what_it_cannot_do():
-    x, dt, a, b, c = scan_inputs(4)
-    with pytest.raises(ValueError, match="direction must be one of"):
-        ssd.ssd_scan(x, dt, a, b, c, direction="backward")
-    with pytest.raises(ValueError, match="length 0"):
-        ssd.ssd_scan(x[:, :0], dt[:, :0], a, b[:, :0], c[:, :0])
-    with pytest.raises(ValueError, match="3 groups do not divide 4 heads"):
-        ssd.ssd_scan(x, dt, a, b[:, :, :1].expand(-1, -1, 3, -1), c)
-    with pytest.raises(ValueError, match="direction is 'forward'"):
-        ssd.ssd_scan(x, dt, a, b, c, reverse_scale_H=a)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -138,6 +35,30 @@ def test_convolution_matches_torch_conv1d():
     assert relative(conv.causal_conv1d(x, weight, bias), want) < 1e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("length", [1, 3, 33])
+def test_convolution_and_its_gradients_match_the_sum(length, bias, window, dtype):
+    torch.manual_seed(length)
+    wide = torch.randn(2, length, 20).to(dtype)
+    leaves = [wide[..., 3:17], torch.randn(14, 4).to(dtype)]
+    leaves += [torch.randn(14).to(dtype) if bias else None]
+    leaves += [torch.randn(2, 3, 14).to(dtype) if window else None]
+    leaves = [None if leaf is None else leaf.requires_grad_() for leaf in leaves]
+    doubles = [None if t is None else t.detach().double().requires_grad_() for t in leaves]
+    got, want = conv.causal_conv1d(*leaves), reference.causal_conv1d(*doubles)
+    bound = 1e-6 if dtype == torch.float32 else 1e-2
+    assert got.dtype == dtype
+    assert relative(got, want) < bound
+    mix = torch.randn(got.shape).to(dtype)
+    actual = torch.autograd.grad((got * mix).sum(), [t for t in leaves if t is not None])
+    expected = torch.autograd.grad((want * mix).sum(), [t for t in doubles if t is not None])
+    for one, other in zip(actual, expected, strict=True):
+        assert one.dtype == dtype
+        assert relative(one, other) < bound
+
+
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_norms_match_their_formulas(groups):
     torch.manual_seed(0)
@@ -147,6 +68,66 @@ def test_norms_match_their_formulas(groups):
     assert relative(norms.gated_group_rms_norm(x, gate, weight, groups, 1e-5), want) < 1e-6
     want = reference.rms_norm(doubles[0], doubles[2], 1e-5)
     assert relative(norms.rms_norm(x, weight, 1e-5), want) < 1e-6
+
+
+CASES = {
+    "rms": (
+        lambda x, weight: norms.rms_norm(x, weight, 1e-5),
+        lambda x, weight: reference.rms_norm(x, weight, 1e-5),
+        lambda wide: [wide[..., 3:19], torch.randn(16)],
+    ),
+    "gated": (
+        lambda x, gate, weight: norms.gated_group_rms_norm(x, gate, weight, 2, 1e-5),
+        lambda x, gate, weight: reference.gated_group_rms_norm(x, gate, weight, 2, 1e-5),
+        lambda wide: [wide[..., 20:36], wide[..., 3:19], torch.randn(16)],
+    ),
+    "squared relu": (
+        squared_relu,
+        lambda x: x.clamp(min=0) ** 2,
+        lambda wide: [wide[..., 3:19]],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_norms_and_squared_relu_have_the_gradients_of_their_formulas(dtype, case):
+    function, formula, make = CASES[case]
+    leaves = [leaf.requires_grad_() for leaf in make(torch.randn(3, 5, 48).to(dtype))]
+    doubles = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    bound = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2}[dtype]
+    got, want = function(*leaves), formula(*doubles)
+    assert got.dtype == dtype
+    assert relative(got, want) < bound
+    with torch.no_grad():
+        assert torch.equal(function(*leaves), got)
+    mix = torch.randn(3, 5, 16)
+    expected = torch.autograd.grad((want * mix).sum(), doubles)
+    for leaf, one, other in zip(
+        leaves, torch.autograd.grad((got * mix).sum(), leaves), expected, strict=True
+    ):
+        assert one.dtype == leaf.dtype
+        assert relative(one, other) < max(bound, 1e-6 if leaf.dtype != dtype else 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [1, 64, 130, 200])
+def test_causal_attention_in_blocks_equals_the_masked_softmax(length, dtype):
+    shapes = ((2, 4, length, 8), (2, 2, length, 8), (2, 2, length, 8))
+    leaves = [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes]
+    query, key, value = (leaf.detach().double().requires_grad_() for leaf in leaves)
+    scores = query @ key.repeat_interleave(2, 1).mT / 8**0.5
+    above = torch.ones(length, length, dtype=torch.bool).triu(1)
+    want = scores.masked_fill(above, -torch.inf).softmax(-1) @ value.repeat_interleave(2, 1)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        got = causal_attention(*leaves)
+    bound = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
+    assert got.dtype == dtype
+    assert relative(got, want) < bound
+    mix = torch.randn_like(want)
+    expected = torch.autograd.grad((want * mix).sum(), (query, key, value))
+    for one, other in zip(torch.autograd.grad((got * mix).sum(), leaves), expected):
+        assert (one - other).norm() <= bound * (1 + other.norm())
 
 
 @pytest.mark.parametrize(("groups", "top_groups"), [(1, 1), (4, 2), (4, 1)])
@@ -198,6 +179,29 @@ def test_experts_of_any_width_match_the_loop(dtype, width, inner):
     assert all(tensor.grad.isfinite().all() for tensor in (x, up, down))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("routing", ["even", "uneven", "one", "none of some"])
+def test_experts_of_any_load_match_the_loop_with_gradients(routing, dtype):
+    ids = {  # the first two are padded in bfloat16, the others are not
+        "even": torch.tensor([[0, 1], [2, 3], [1, 0], [3, 2]]),
+        "uneven": torch.tensor([[0, 1], [2, 3], [1, 2], [3, 1]]),
+        "one": torch.tensor([[0, 0]] * 9),
+        "none of some": torch.tensor([[3, 1], [3, 1], [1, 3]]),
+    }[routing]
+    leaves = [torch.randn(len(ids), 16), torch.rand(ids.shape), *torch.randn(2, 4, 16, 16)]
+    leaves = [leaf.to(dtype).requires_grad_() for leaf in leaves]
+    doubles = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    got = experts.experts(leaves[0], ids, *leaves[1:])
+    want = reference.experts(doubles[0], ids, *doubles[1:])
+    bound = 1e-5 if dtype == torch.float32 else 2e-2
+    assert relative(got, want) < bound
+    mix = torch.randn_like(want)
+    expected = torch.autograd.grad((want * mix).sum(), doubles)
+    actual = torch.autograd.grad((got * mix.to(dtype)).sum(), leaves)
+    for one, other in zip(actual, expected):
+        assert (one.double() - other).norm() <= bound * (1 + other.norm())
+
+
 def test_experts_in_float64_match_the_loop_to_its_precision():
     torch.manual_seed(0)
     x, up, down = (torch.randn(*s).double() for s in ((9, 16), (8, 24, 16), (8, 16, 24)))
@@ -214,15 +218,3 @@ def test_expert_products_follow_the_token_not_the_batch():
     for t in (0, 13, 29):
         alone = experts.experts(x[t : t + 1], ids[t : t + 1], weights[t : t + 1], up, down)
         assert relative(alone[0], whole[t]) < 1e-6
-
-
-def test_reference_scan_has_the_closed_form_for_one_channel():
-    # x = b = c = 1, dt = d, a = -1: y_t = d (1 + e^-d + ... + e^-td), a geometric series
-    d, steps = 0.3, 6
-    ones = torch.ones(1, steps, 1, 1, dtype=torch.float64)
-    y, _ = reference.ssd_scan(
-        ones, torch.full((1, steps, 1), d).double(), -torch.ones(1).double(), ones, ones
-    )
-    for t in range(steps):
-        want = d * (1 - math.exp(-d * (t + 1))) / (1 - math.exp(-d))
-        assert y[0, t, 0, 0].item() == pytest.approx(want, rel=1e-6)

@@ -14,7 +14,7 @@ from tess.arguments import parse_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/architecture.md")
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/architecture.md", "docs/kernels.md")
 
 
 def code_blocks(language: str) -> list[str]:
@@ -92,7 +92,7 @@ def test_the_tree_names_every_module_and_nothing_else():
         assert purpose
         folder = folder if line.startswith(" ") else name
         shown.add(folder + name if line.startswith(" ") else name)
-    packages = ("kernels", "backbones", "schedulers", "tess", "scripts")
+    packages = ("kernels", "kernels/triton", "backbones", "schedulers", "tess", "scripts")
     files = [file for package in packages for file in (ROOT / package).glob("*.py")]
     modules = {str(file.relative_to(ROOT)) for file in files}
     assert {path for path in shown if path.endswith(".py")} == modules - {"tess/__init__.py"}

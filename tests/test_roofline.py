@@ -213,6 +213,7 @@ def test_decoding_has_the_operations_that_really_run():
         block = torch.ones(2, 4, dtype=torch.long)
         out = model.backbone(block, past_key_values=saved, mode="verify")
         model.lm_head(out.last_hidden_state)
+        saved.snapshot().advance(out.record, torch.tensor([4, 4]))  # the state moves only here
 
     def draft():
         state = torch.ones(2, 1, 128, dtype=torch.float64)

@@ -257,7 +257,7 @@ def mixer_case(s: Shape, variant: str, make: Maker) -> Case:
 
     return Case(
         "mamba_mixer", variant, s, leaves, run, exact, _mixer_costs(s, make.itemsize, variant),
-        {"direction": variant},
+        {"direction": variant}, frozenset(("d A_log", "d dt_bias", "d D")),
     )  # fmt: skip
 
 

@@ -14,7 +14,9 @@ from tess.arguments import parse_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/architecture.md", "docs/kernels.md")
+DOCUMENTS = (
+    "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/architecture.md", "docs/kernels.md",
+)  # fmt: skip
 
 
 def code_blocks(language: str) -> list[str]:

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from tess.backbones.config import HybridConfig
 from tess.backbones.context import BlockContext
+from tess.kernels.activation import squared_relu
 from tess.kernels.experts import experts, route_tokens
-from tess.kernels.norm_gradients import squared_relu
 from tess.kernels.norms import wide_dtype
 
 

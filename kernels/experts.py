@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tess.kernels.activation import squared_relu
 from tess.kernels.dispatch import use_triton
-from tess.kernels.norm_gradients import squared_relu
 
 GROUPED_MM_ALIGNMENT = 16  # bytes of a row of any operand
 MOST_PADDED = 2  # rows of a padded batch of products, by the rows that count

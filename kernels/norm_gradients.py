@@ -1,6 +1,6 @@
-"""RMS norms and squared ReLU in few passes, with their gradients written out by hand.
+"""RMS norms in few passes, with their gradients written out by hand.
 
-As graphs of small operations their gradients take three times as long on a CPU as needed, and keep
+As graphs of small operations these take three times as long on a CPU as needed, and keep
 several wide copies of the input. Everything is computed in float32 (float64 for float64 inputs).
 
 Letters: R rows, G groups, D columns of a group; a `d` before a name is the gradient of the loss.
@@ -29,13 +29,6 @@ def gated_group_rms_norm(
     if torch.is_grad_enabled() and needed:
         return _GatedNorm.apply(x, gate, weight, num_groups, eps, wide)
     return _gated(x, gate, weight, num_groups, eps, wide)[0]
-
-
-def squared_relu(x: Tensor) -> Tensor:
-    """relu(x)^2 (arXiv 2109.08668)."""
-    if torch.is_grad_enabled() and x.requires_grad:
-        return _SquaredReLU.apply(x)
-    return x.relu().square_()
 
 
 def _inverse_rms(x: Tensor, eps: float) -> Tensor:
@@ -100,17 +93,3 @@ class _GatedNorm(torch.autograd.Function):
         dgate = torch.ops.aten.silu_backward(dgated * x_wide, gate_wide)
         dx = dgated.mul_(opened)
         return dx.to(x.dtype), dgate.to(gate.dtype), dweight.to(weight.dtype), None, None, None
-
-
-class _SquaredReLU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x):
-        positive = x.relu()
-        ctx.save_for_backward(positive)
-        return positive.square()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy):
-        (positive,) = ctx.saved_tensors
-        return (dy * positive).mul_(2)

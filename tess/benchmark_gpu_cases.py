@@ -37,7 +37,7 @@ class Case:
         variant: which of its options, as in `VARIANTS` of this file and of the other.
         leaves: float tensors, those that get gradients if any output does.
         run: leaves and backend -> named outputs of the public function.
-        exact: float64 leaves -> the same outputs by the reference.
+        exact: float64 leaves -> the same outputs by the reference; None for what is only timed.
         costs: the least it takes on a machine.
         given: what peers need beside the leaves.
         loose: gradients that are sums of terms of both signs over all positions and lose digits.
@@ -48,7 +48,7 @@ class Case:
     shape: Shape
     leaves: Leaves
     run: Callable[[Leaves, str], Outputs]
-    exact: Callable[[Leaves], Outputs]
+    exact: Callable[[Leaves], Outputs] | None
     costs: Costs
     given: dict[str, Any] = field(default_factory=dict)
     loose: frozenset[str] = frozenset()

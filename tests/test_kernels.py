@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from tess.kernels import conv, experts, norms, reference
+from tess.kernels.activation import squared_relu
 from tess.kernels.attention import causal_attention
-from tess.kernels.norm_gradients import squared_relu
 
 
 def relative(got, want):

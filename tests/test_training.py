@@ -9,7 +9,6 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from tess import saving
 from tess.arguments import parse_settings
 from tess.backbones.pretrained import stays_float32
 from tess.decoders import load_decoder
@@ -345,41 +344,6 @@ def test_a_checkpoint_whose_tokenizer_does_not_fit_cannot_be_gone_on_from(tmp_pa
 # Settings
 
 
-def test_flags_win_over_the_file_and_json_is_read_too(tmp_path):
-    config = {
-        "output_dir": str(tmp_path),
-        "task": "simplification",
-        "train_tokenizer": True,
-        "max_steps": 5,
-    }
-    (tmp_path / "c.json").write_text(json.dumps(config | {"learning_rate": 1e-3}))
-    settings = parse_settings(
-        [str(tmp_path / "c.json"), "--max_steps", "7", "--bf16", "true", "--use_cpu"]
-    )
-    assert (settings.training.max_steps, settings.training.learning_rate) == (7, 1e-3)
-    assert settings.training.bf16 and settings.model.train_tokenizer
-
-
-def test_yaml_numbers_without_a_point_are_numbers(tmp_path):
-    (tmp_path / "c.yaml").write_text(
-        f"output_dir: {tmp_path}\ntask: simplification\ntrain_tokenizer: yes\n"
-        "learning_rate: 1e-4\ntrain_file: []\n"
-    )
-    assert parse_settings([str(tmp_path / "c.yaml")]).training.learning_rate == 1e-4
-
-
-def test_defaults_are_for_a_small_new_model(tmp_path):
-    args = parse_settings(
-        ["--train_file", "my.jsonl", "--train_tokenizer", "--output_dir", str(tmp_path)]
-    ).training
-    assert (args.learning_rate, args.warmup_steps) == (1.5e-3, 100)
-    assert args.lr_scheduler_type == "linear"
-    assert (args.per_device_train_batch_size, args.num_train_epochs, args.max_steps) == (32, 20, -1)
-    assert (args.weight_decay, args.adam_beta2) == (0.01, 0.98)
-    assert (args.logging_steps, args.save_steps, args.save_total_limit) == (50, 200, 2)
-    assert args.report_to == []
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -490,28 +454,6 @@ def test_a_full_disk_leaves_the_previous_checkpoint_loadable(tmp_path, monkeypat
     load_parts(tmp_path / "run" / "checkpoint-2")
     _, losses = run(tmp_path, **changes)
     assert sorted(losses) == [1, 2, 3, 4, 5, 6]
-
-
-def test_a_failed_replacement_keeps_the_old_folder(tmp_path):
-    final = tmp_path / "final"
-    with saving.replaced_folder(final) as folder:
-        (folder / "weights").write_text("old")
-    with pytest.raises(UserError, match="No space left"):
-        with saving.replaced_folder(final) as folder:
-            (folder / "weights").write_text("ne")
-            raise OSError(28, "No space left on device")
-    assert (final / "weights").read_text() == "old"
-    assert [path.name for path in tmp_path.iterdir()] == ["final"]
-
-
-def test_a_folder_moved_aside_by_a_killed_process_comes_back(tmp_path):
-    for name in ("final.old", "checkpoint-2"):
-        (tmp_path / ".saving" / name).mkdir(parents=True)
-    (tmp_path / ".saving" / "final.old" / "weights").write_text("old")
-    with saving.replaced_folder(tmp_path / "checkpoint-4") as folder:
-        (folder / "weights").write_text("new")
-    assert (tmp_path / "final" / "weights").read_text() == "old"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-4", "final"]
 
 
 @pytest.mark.parametrize("objective", ["tess", "ar"])

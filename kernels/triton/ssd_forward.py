@@ -85,6 +85,18 @@ def _steps(
 
 
 @triton.jit
+def chunk_decays(dt_ptr, incl_ptr, first, Q: tl.constexpr):
+    """Steps of the chunk that begins at `first`, its decays summed up to and before each position,
+    and their sum."""
+    dt_ptr += first
+    incl_ptr += first
+    q = tl.arange(0, Q)
+    dt, incl, total = tl.load(dt_ptr + q), tl.load(incl_ptr + q), tl.load(incl_ptr + Q - 1)
+    before = tl.where(q == 0, 0.0, tl.load(incl_ptr + q - 1, q > 0, 0.0))
+    return dt, incl, before, total
+
+
+@triton.jit
 def chunk_weights(
     incl_t, excl_t, incl_s, excl_s, row, column, scale,
     FORWARD: tl.constexpr, REVERSE: tl.constexpr,
@@ -174,12 +186,9 @@ def _sweep(
         x = tl.load(x_ptr + start * x_l + x_place, mask=x_in, other=0.0)
         b_NQ = tl.load(b_ptr + start * b_l + b_place, n_in[:, None] & t_in[None, :], other=0.0)
         c_QN = tl.load(c_ptr + start * c_l + c_place, t_in[:, None] & n_in[None, :], other=0.0)
-        dt = tl.load(dt_ptr + decay_place + t)
-        incl = tl.load(incl_ptr + decay_place + t)
-        total = tl.load(incl_ptr + decay_place + chunk * Q + Q - 1)
-        log_before = tl.where(q == 0, 0.0, tl.load(incl_ptr + decay_place + t - 1, q > 0, 0.0))
-        read = tl.exp2(total - log_before) if REVERSE else tl.exp2(incl)
-        gain = dt * (tl.exp2(log_before) if REVERSE else tl.exp2(total - incl))
+        dt, incl, before, total = chunk_decays(dt_ptr, incl_ptr, decay_place + chunk * Q, Q)
+        read = tl.exp2(total - before) if REVERSE else tl.exp2(incl)
+        gain = dt * (tl.exp2(before) if REVERSE else tl.exp2(total - incl))
         keep = tl.exp2(total)
         if sequence_ptr is not None:
             ids = tl.load(sequence_ptr + tl.minimum(t, length - 1))
@@ -195,7 +204,7 @@ def _sweep(
         y = tl.dot(c_QN, state.to(low), out_dtype=WIDE, input_precision=PRECISION) * read[:, None]
         if WITHIN:
             weights = chunk_weights(
-                incl, log_before, incl, log_before, q, q, scale, BOTH or (not REVERSE),
+                incl, before, incl, before, q, q, scale, BOTH or (not REVERSE),
                 BOTH or REVERSE,
             )  # fmt: skip
             if sequence_ptr is not None:

@@ -8,7 +8,12 @@ import triton.language as tl
 from torch import Tensor
 
 from tess.kernels.triton.launch import Config, Table, launch
-from tess.kernels.triton.ssd_forward import chunk_weights, incoming_sequence, outgoing_sequence
+from tess.kernels.triton.ssd_forward import (
+    chunk_decays,
+    chunk_weights,
+    incoming_sequence,
+    outgoing_sequence,
+)
 from tess.kernels.triton.ssd_inputs import (
     PositionParts,
     ScanGradients,
@@ -75,11 +80,8 @@ def _head_gradients(
         dy_ptr + row * dy_b + start * dy_l + head * dy_h + q[:, None] * dy_l + p[None, :],
         mask=tile_in, other=0.0,
     ).to(low)  # fmt: skip
-    decay_place = (row * heads + head) * (chunks * Q)
-    dt = tl.load(dt_ptr + decay_place + t)
-    incl = tl.load(incl_ptr + decay_place + t)
-    total = tl.load(incl_ptr + decay_place + chunk * Q + Q - 1)
-    before = tl.where(q == 0, 0.0, tl.load(incl_ptr + decay_place + t - 1, q > 0, 0.0))
+    first = (row * heads + head) * (chunks * Q) + chunk * Q
+    dt, incl, before, total = chunk_decays(dt_ptr, incl_ptr, first, Q)
     scale = tl.full((), 1.0, WIDE)
     if scale_ptr is not None:
         scale = tl.load(scale_ptr + head).to(WIDE)
@@ -141,7 +143,7 @@ def _head_gradients(
         excl_sum -= scale * from_right
         over += scale * from_right
         if dscale_ptr is not None:
-            tl.store(dscale_ptr + decay_place + t, dscale + from_right)
+            tl.store(dscale_ptr + first + q, dscale + from_right)
     b_QN = tl.load(
         b_ptr + row * b_b + group * b_g + start * b_l + q[:, None] * b_l + n[None, :],
         mask=map_in, other=0.0,
@@ -167,15 +169,15 @@ def _head_gradients(
         excl_sum += dt * tl.sum(out * x.to(WIDE), axis=1)
         dtx += out
 
-    tl.store(ddt_ptr + decay_place + t, tl.sum(dtx * x.to(WIDE), axis=1))
-    tl.store(sum_ptr + decay_place + t, incl_sum + excl_sum)
-    tl.store(over_ptr + decay_place + t, over)
+    tl.store(ddt_ptr + first + q, tl.sum(dtx * x.to(WIDE), axis=1))
+    tl.store(sum_ptr + first + q, incl_sum + excl_sum)
+    tl.store(over_ptr + first + q, over)
     if REVERSE:
-        tl.store(excl_ptr + decay_place + t, excl_sum)
+        tl.store(excl_ptr + first + q, excl_sum)
     dx = dtx * dt[:, None]
     if d_ptr is not None:
         dx += tl.load(d_ptr + head).to(WIDE) * dy.to(WIDE)
-        tl.store(dd_ptr + decay_place + t, tl.sum(dy.to(WIDE) * x.to(WIDE), axis=1))
+        tl.store(dd_ptr + first + q, tl.sum(dy.to(WIDE) * x.to(WIDE), axis=1))
     dx_start = dx_ptr + ((row * length + start) * heads + head) * width
     dx_place = q[:, None] * (heads * width) + p[None, :]
     tl.store(dx_start + dx_place, dx.to(dx_ptr.dtype.element_ty), mask=tile_in)
@@ -224,10 +226,7 @@ def _map_gradients(
         )  # fmt: skip
         low = k_QN.dtype
         decay_place = (row * heads + head) * (chunks * Q)
-        dt = tl.load(dt_ptr + decay_place + t)
-        incl = tl.load(incl_ptr + decay_place + t)
-        total = tl.load(incl_ptr + decay_place + chunk * Q + Q - 1)
-        before = tl.where(q == 0, 0.0, tl.load(incl_ptr + decay_place + t - 1, q > 0, 0.0))
+        dt, incl, before, total = chunk_decays(dt_ptr, incl_ptr, decay_place + chunk * Q, Q)
         scale = tl.full((), 1.0, WIDE)
         if scale_ptr is not None:
             scale = tl.load(scale_ptr + head).to(WIDE)

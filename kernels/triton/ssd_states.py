@@ -9,7 +9,12 @@ import triton.language as tl
 from torch import Tensor
 
 from tess.kernels.triton.launch import Config, Table, launch
-from tess.kernels.triton.ssd_forward import incoming_sequence, narrow_heads, outgoing_sequence
+from tess.kernels.triton.ssd_forward import (
+    chunk_decays,
+    incoming_sequence,
+    narrow_heads,
+    outgoing_sequence,
+)
 from tess.kernels.triton.ssd_inputs import ScanInputs, block_constants, sizes
 
 STATES = Table(
@@ -63,16 +68,14 @@ def _states(
         t_in = t < length
         u = tl.load(u_ptr + start * u_l + u_place, t_in[:, None] & p_in[None, :], other=0.0)
         k_NQ = tl.load(k_ptr + start * k_l + k_place, n_in[:, None] & t_in[None, :], other=0.0)
-        incl = tl.load(incl_ptr + decay_place + t)
-        total = tl.load(incl_ptr + decay_place + chunk * Q + Q - 1)
-        before = tl.where(q == 0, 0.0, tl.load(incl_ptr + decay_place + t - 1, q > 0, 0.0))
+        dt, incl, before, total = chunk_decays(dt_ptr, incl_ptr, decay_place + chunk * Q, Q)
         keep = tl.exp2(total)
         # a scan gains dt times the decay to its exit, a gradient the decay of the scan's read
         if GRADIENT:
             gain = tl.exp2(incl) if REVERSE else scale * tl.exp2(total - before)
         else:
             gain = tl.exp2(before) if REVERSE else tl.exp2(total - incl)
-            gain *= tl.load(dt_ptr + decay_place + t)
+            gain *= dt
         if sequence_ptr is not None:
             ids = tl.load(sequence_ptr + tl.minimum(t, length - 1))
             way: tl.constexpr = REVERSE != GRADIENT  # of the scan, not of this walk

@@ -5,7 +5,7 @@ before the next slab; nothing of size [T, V] exists. For thousands of rows that 
 logits again tile by tile, because one more product costs more than reading a slab twice.
 """
 
-# T rows, V vocabulary, H width, G width of the embedding, R rows of a slab,
+# T rows, V vocabulary, H width, G width of the embedding, R rows of a slab, M likeliest tokens,
 # K leading entries of a ranking, N blocks of the vocabulary, B tokens of a block
 
 from collections.abc import Callable
@@ -43,9 +43,12 @@ class SweepOutput(NamedTuple):
     entropy_T: entropy of the row in nats, float32.
     log_sum_exp_T: float32.
     embedding_TH: expected embedding [T, G], or None when none was asked for.
+    likeliest_ids_TM: the M likeliest tokens by falling probability, int64, or None likewise.
+    likeliest_probs_TM: their probabilities, float32, or None.
 
-    All but the tokens belong to softmax(logits) as the head gives them: no temperature, no
-    truncation, no processor.
+    Log-probability, entropy, log-sum-exp and embedding belong to softmax(logits) as the head gives
+    them: no temperature, no truncation, no processor. The likeliest tokens and their probabilities
+    belong to softmax(processed logits): no temperature and no truncation.
     """
 
     tokens_T: Tensor
@@ -53,17 +56,20 @@ class SweepOutput(NamedTuple):
     entropy_T: Tensor
     log_sum_exp_T: Tensor
     embedding_TH: Tensor | None
+    likeliest_ids_TM: Tensor | None = None
+    likeliest_probs_TM: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class _Rule:
-    """How a token is chosen from logits."""
+    """How a token is chosen from logits, and how many of the likeliest are wanted."""
 
     choose: str
     temperature: float
     top_k: int | None
     top_p: float | None
     processors: Processors | None
+    num_likeliest: int | None
 
 
 @torch.no_grad()
@@ -78,6 +84,7 @@ def vocabulary_sweep(
     uniform_T: Tensor | None = None,
     expected_embedding_of: Tensor | None = None,
     processors: Processors | None = None,
+    num_likeliest: int | None = None,
     slab_bytes: int | None = None,
     backend: str | None = None,
 ) -> SweepOutput:
@@ -101,6 +108,9 @@ def vocabulary_sweep(
             and returned in E's dtype, or autocast's.
         processors: called as (first row, float32 logits [R, V] of some rows) and gives the logits
             to choose from; it may write into its argument.
+        num_likeliest: M, at least 1 (more than V means V): also give the M likeliest tokens and
+            their probabilities, of softmax(processed logits) where there are processors. Which of
+            the tokens that equal the M-th are among them, and the order of equals, is left open.
         slab_bytes: bounds one slab of float32 logits, at least four rows (None:
             `choose_slab_bytes`). Two slabs are kept; processors, a temperature, a narrow dtype and
             long nuclei need some more for a while. Triton keeps one, in the products' dtype.
@@ -113,7 +123,7 @@ def vocabulary_sweep(
 
     Raises ValueError for options out of range and for logits that are not finite.
     """
-    rule = _Rule(choose, temperature, top_k, top_p, processors)
+    rule = _Rule(choose, temperature, top_k, top_p, processors, num_likeliest)
     _check(hidden_TH, weight_VH, expected_embedding_of)
     _check_rule(rule, len(hidden_TH), uniform_T)
     triton = use_triton(hidden_TH, backend)
@@ -130,7 +140,7 @@ def vocabulary_sweep(
             parts = run(hidden_TH, head, table, uniform_T, rule, slab_bytes)
         else:
             parts = _sweep_slabs(hidden_TH, head, table, uniform_T, rule, slab_bytes)
-    return _join(parts, hidden_TH, table)
+    return _join(parts, hidden_TH, table, len(head), num_likeliest)
 
 
 def _sweep_slabs(
@@ -196,6 +206,8 @@ def _check_rule(rule: _Rule, rows: int, uniform_T: Tensor | None) -> None:
         raise ValueError(f"top_k must be at least 1, got {rule.top_k}")
     if rule.top_p is not None and not 0 < rule.top_p <= 1:
         raise ValueError(f"top_p must be in (0, 1], got {rule.top_p}")
+    if rule.num_likeliest is not None and rule.num_likeliest < 1:
+        raise ValueError(f"num_likeliest must be at least 1, got {rule.num_likeliest}")
     if rule.choose == "argmax":
         return
     if uniform_T is None:
@@ -237,7 +249,7 @@ def _sweep_slab(
     torch.softmax(slabs[0], dim=-1, out=slabs[1])
     logits_RV, probs_RV = (slab_RV[:rows] for slab_RV in slabs)
     top_R1 = first_argmax(logits_RV)[:, None]
-    tokens_R1 = _choose(logits_RV, probs_RV, top_R1, start, draw_R, rule)
+    tokens_R1, likeliest = _choose(logits_RV, probs_RV, top_R1, start, draw_R, rule)
     peak_R1, chosen_R1 = logits_RV.gather(1, top_R1), logits_RV.gather(1, tokens_R1)
     # log sum exp(logits - peak): the peak's probability is at least 1/V, so its log is safe
     spread_R1 = -probs_RV.gather(1, top_R1).log()
@@ -245,7 +257,7 @@ def _sweep_slab(
     # both terms of the entropy are at least 0, so nothing cancels; the slabs are used up here
     surprise_R1 = probs_RV.mul_(logits_RV.sub_(peak_R1)).sum(dim=1, keepdim=True)
     columns = (tokens_R1, chosen_R1 - peak_R1 - spread_R1, spread_R1 - surprise_R1)
-    return SweepOutput(*(c[:, 0] for c in (*columns, peak_R1 + spread_R1)), embedding)
+    return SweepOutput(*(c[:, 0] for c in (*columns, peak_R1 + spread_R1)), embedding, *likeliest)
 
 
 def _choose(
@@ -255,18 +267,30 @@ def _choose(
     start: int,
     draw_R: Tensor | None,
     rule: _Rule,
-) -> Tensor:
-    """Tokens [R, 1]; the logits stay as they are."""
+) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
+    """Tokens [R, 1], and the likeliest [R, M] with their probabilities; the logits stay."""
     if rule.processors is not None:
         logits_RV = _processed(rule.processors, start, logits_RV)
         top_R1 = first_argmax(logits_RV)[:, None]
+        if rule.num_likeliest is not None or (rule.choose == "sample" and rule.temperature == 1):
+            probs_RV = logits_RV.softmax(dim=-1)
+    likeliest = (None, None)
+    if rule.num_likeliest is not None:
+        # by logits: probabilities may be equal where these are not
+        ids_RM = likeliest_ids(logits_RV, rule.num_likeliest)
+        likeliest = (ids_RM, probs_RV.gather(1, ids_RM))
     if rule.choose == "argmax":
-        return top_R1
-    if rule.temperature != 1 or rule.processors is not None:  # else that softmax is there already
+        return top_R1, likeliest
+    if rule.temperature != 1:
         probs_RV = (logits_RV / rule.temperature).softmax(dim=-1)
     if rule.top_k is None and rule.top_p is None:
-        return draw_in_order(probs_RV, draw_R)[:, None]
-    return draw_by_rank(probs_RV, draw_R, rule.top_k, rule.top_p)[:, None]
+        return draw_in_order(probs_RV, draw_R)[:, None], likeliest
+    return draw_by_rank(probs_RV, draw_R, rule.top_k, rule.top_p)[:, None], likeliest
+
+
+def likeliest_ids(logits_RV: Tensor, num_likeliest: int) -> Tensor:
+    """The tokens [R, M] of the largest logits, falling; M is V if that is fewer."""
+    return logits_RV.topk(min(num_likeliest, logits_RV.shape[1]), dim=-1).indices
 
 
 def _processed(processors: Processors, start: int, logits_RV: Tensor) -> Tensor:
@@ -280,20 +304,27 @@ def _processed(processors: Processors, start: int, logits_RV: Tensor) -> Tensor:
     return out_RV.float()
 
 
-def _join(parts: list[SweepOutput], hidden_TH: Tensor, table_VG: Tensor | None) -> SweepOutput:
+def _join(
+    parts: list[SweepOutput],
+    hidden_TH: Tensor,
+    table_VG: Tensor | None,
+    width: int,
+    num_likeliest: int | None,
+) -> SweepOutput:
     if not parts:
         none = hidden_TH.new_empty(0, dtype=torch.float32)
         embedding = None if table_VG is None else table_VG.new_empty(0, table_VG.shape[1])
-        return SweepOutput(none.long(), none, none, none, embedding)
-    columns = [torch.cat(column) for column in zip(*(part[:4] for part in parts))]
-    embedding = None if table_VG is None else torch.cat([part.embedding_TH for part in parts])
+        probs = None if num_likeliest is None else none.new_empty(0, min(num_likeliest, width))
+        ids = None if probs is None else probs.long()
+        return SweepOutput(none.long(), none, none, none, embedding, ids, probs)
+    columns = [None if c[0] is None else torch.cat(c) for c in zip(*parts)]
     bad_T = ~columns[3].isfinite()
     if bad_T.any():
         raise ValueError(
             f"logits must be finite; {int(bad_T.sum())} of {len(bad_T)} rows have NaN or infinity "
             "in their hidden states or meet it in the head"
         )
-    return SweepOutput(*columns, embedding)
+    return SweepOutput(*columns)
 
 
 def first_argmax(x_RV: Tensor) -> Tensor:

@@ -100,6 +100,8 @@ def _box_muller(words: tuple[Tensor, ...], out_N4: Tensor) -> None:
 LARGEST_STREAM = 2
 DISTINCT_STREAM = 3
 BULK_STREAM = 4
+# Of kernels/carried_embedding.py.
+LISTED_STREAM = 5
 
 
 def words_at(
@@ -112,6 +114,16 @@ def words_at(
     block_1N = torch.arange(start, start + blocks, device=keys_R.device)[None]
     words = _words(keys_R[:, None], block_1N, positions_R[:, None], draw, stream)
     return torch.stack(words, dim=-1).flatten(1)
+
+
+def words_of(
+    keys_R: Tensor, positions_R: Tensor, draw: int, blocks_RW: Tensor, stream: int
+) -> Tensor:
+    """The first random word [R, W], int64 in [0, 2^32), of the blocks named: `words_at`, anywhere.
+
+    blocks_RW: int64 in [0, 2^32), token ids for example.
+    """
+    return _words(keys_R[:, None], blocks_RW, positions_R[:, None], draw, stream)[0]
 
 
 def normal_at(

@@ -1,4 +1,4 @@
-"""Named settings of the diffusion process: what `RenoisingScheduler` takes beside vocab_size."""
+"""Named settings of the diffusion process: what every scheduler takes beside vocab_size."""
 
 from typing import Any
 

@@ -73,26 +73,31 @@ def recoverability_grid(
     alpha_bar_function: Callable[[Tensor], Tensor],
     vocab_size: int,
     uniform_share: float = 0.0,
+    lowest: float = 0.0,
 ) -> Tensor:
     """N times [N] in float64, falling from exactly 1, at equal steps of recoverability.
 
     Time i has recoverability c + (1 - c) i/N with c that at t = 1, as the uniform grid has times
     1 - i/N: the step after the last time lands on the clean text. With `uniform_share` u the steps
     are equal in (1 - u) (recoverability - c) / (1 - c) + u (1 - t) instead, the distribution of
-    `RecoverabilityDensity`; u = 1 is the uniform grid.
-    Raises ValueError for num_steps below 1 and for shares outside [0, 1].
+    `RecoverabilityDensity`; u = 1 is the uniform grid. With `lowest` above 0 the steps are equal
+    between 1 and that time.
+    Raises ValueError for num_steps below 1, shares outside [0, 1] and `lowest` outside [0, 1).
     """
     if num_steps < 1:
         raise ValueError(f"num_steps must be at least 1, got {num_steps}")
     if not 0 <= uniform_share <= 1:
         raise ValueError(f"uniform_share must be in [0, 1], got {uniform_share}")
+    if not 0 <= lowest < 1:
+        raise ValueError(f"lowest must be in [0, 1), got {lowest}")
     chance = recoverability(alpha_bar_function(torch.ones((), dtype=torch.float64)), vocab_size)
 
     def done(times: Tensor) -> Tensor:
         told = recoverability(alpha_bar_function(times), vocab_size)
         return torch.lerp((told - chance) / (1 - chance), 1 - times, uniform_share)
 
-    times_N = _latest(done, torch.arange(num_steps, dtype=torch.float64) / num_steps)
+    parts_N = torch.arange(num_steps, dtype=torch.float64) / num_steps
+    times_N = _latest(done, parts_N * done(torch.tensor(lowest, dtype=torch.float64)))
     times_N[0] = 1.0
     return times_N
 

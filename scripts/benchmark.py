@@ -14,11 +14,13 @@ from tess.benchmark_gpu_report import format_gpu
 from tess.benchmark_gpu_shapes import SHAPES
 from tess.cli import default_checkpoint, run
 from tess.errors import UserError
+from tess.sampling_commands import JSON_KEYS as SAMPLING_KEYS
+from tess.sampling_commands import RUN, add_commands, positive
 
 JSON_KEYS = """\
 --json FILE writes one object; its keys are stable:
-  benchmark             "backbone", "decoding", "loading", "vocabulary", "law" or "gpu"
-  rival                 what it is compared with (backbone, decoding, vocabulary)
+  benchmark             the subcommand
+  rival                 what it is compared with, where there is one
   environment           date, processor, threads, python, torch, transformers; of gpu date, device,
                         capability, memory_bytes, driver, cuda, python, torch, triton, transformers,
                         autotuned (TESS_AUTOTUNE=1; otherwise the shipped configurations are timed)
@@ -135,17 +137,12 @@ gpu:
 BACKBONE_PARTS = ("model", "scan", "wide", "block")
 
 
-def positive(text: str) -> int:
-    """An argument that has to be 1 or more."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be 1 or more, got {value}")
-    return value
-
-
 def make_parser() -> argparse.ArgumentParser:
     """The subcommands and their flags."""
-    layout = {"epilog": JSON_KEYS, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    layout = {
+        "epilog": JSON_KEYS + SAMPLING_KEYS,
+        "formatter_class": argparse.RawDescriptionHelpFormatter,
+    }
     parser = argparse.ArgumentParser(description=__doc__, **layout)
     commands = parser.add_subparsers(dest="command", required=True, metavar="SUBCOMMAND")
     backbone = commands.add_parser(
@@ -241,7 +238,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--dry_run", action="store_true",
         help="tiny shapes on the CPU in Triton's interpreter, to see that everything runs",
     )  # fmt: skip
-    for command in (backbone, decoding, loading, vocabulary, law, gpu):
+    sampling = add_commands(lambda name, **options: commands.add_parser(name, **options, **layout))
+    for command in (backbone, decoding, loading, vocabulary, law, gpu, *sampling):
         command.add_argument("--json", type=Path, help="also write all figures here, see below")
     return parser
 
@@ -270,7 +268,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     if args.json is not None and not args.json.resolve().parent.is_dir():
         raise UserError(f"--json {args.json}: there is no folder {args.json.resolve().parent}")
-    if args.command == "gpu":
+    if args.command in RUN:
+        result, table = RUN[args.command](args)
+    elif args.command == "gpu":
         result = gpu_result(args)
         table = format_gpu(result)
     elif args.command == "backbone":

@@ -14,7 +14,9 @@ from tess import evaluation
 from tess.cli import default_checkpoint, run
 from tess.decoders import load_decoder
 from tess.errors import UserError
+from tess.evaluation_page import summary
 from tess.loading import load_rows
+from tess.sampler_options import add_sampler_flags, sampler_options
 from tess.tasks import DEFAULT_DATASET, TASKS, load_task
 
 
@@ -35,11 +37,17 @@ def build_parser() -> argparse.ArgumentParser:
     add("--decoder", help="tess, ar or ar+mtp (default: tess where the checkpoint has it, else ar)")
     add("--num_draft_tokens", type=int, help="tokens that ar+mtp drafts at a time (default: 3)")
     add("--num_inference_steps", type=int, help="steps of tess (default: 16, or T if that is less)")
+    add("--gen_length", type=int, help="canvas of every text (default: by length head or rule)")
+    add(
+        "--gold_length", action="store_true",
+        help="diagnostic: the reference's own length as the canvas of tess",
+    )  # fmt: skip
     add("--limit", type=int, help="evaluate only the first rows")
     add("--seed", type=int, default=0, help="seed of the noise (default: %(default)s)")
     add("--batch_size", type=int, default=8, help="texts at once (default: %(default)s)")
     add("--strict", action="store_true", help="refuse a too long source instead of cutting it")
     add("--output_dir", required=True, help="folder for the three files; made if missing")
+    add_sampler_flags(parser)
     return parser
 
 
@@ -57,11 +65,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = evaluation.prepare_output_dir(args.output_dir)
     checkpoint = Path(args.checkpoint) if args.checkpoint else default_checkpoint()
     result = evaluation.evaluate(
-        load_decoder(checkpoint, args.decoder, num_draft_tokens=args.num_draft_tokens),
+        load_decoder(
+            checkpoint,
+            args.decoder,
+            num_draft_tokens=args.num_draft_tokens,
+            options=sampler_options(args),
+        ),
         examples,
         checkpoint=str(checkpoint),
         data=data,
         num_inference_steps=args.num_inference_steps,
+        gen_length=args.gen_length,
+        gold_length=args.gold_length,
         seed=args.seed,
         batch_size=args.batch_size,
         limit=args.limit,
@@ -69,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         strict=args.strict,
     )
     paths = evaluation.write_report(result, folder)
-    print(evaluation.summary(result.report))
+    print(summary(result.report))
     print("wrote", ", ".join(str(path) for path in paths))
 
 

@@ -9,12 +9,18 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from tess.cli import default_checkpoint, run
-from tess.decoders import DECODERS, Generation, load_decoder
+from tess.control import template_tokens
+from tess.decoders import DECODERS, Decoder, Generation, TessDecoder, load_decoder
 from tess.errors import UserError
+from tess.evaluation import write_atomically
+from tess.live import LiveDenoising
+from tess.sampler_options import add_sampler_flags, sampler_options
+from tess.trace_page import trace_page
 
 JSON_KEYS = """\
 --json prints one object; its keys are stable:
@@ -87,6 +93,18 @@ def make_parser() -> argparse.ArgumentParser:
         "--strict", action="store_true", help="refuse a too long text instead of cutting it"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object, see below")
+    parser.add_argument(
+        "--template",
+        metavar="TEXT",
+        help='a text with blanks for tess to fill, as "The {4} museum.": {n} is n tokens',
+    )
+    parser.add_argument(
+        "--trace", type=Path, metavar="FILE", help="also write a page of every step of tess (HTML)"
+    )
+    parser.add_argument(
+        "--live", action="store_true", help="show the text of tess while it is being denoised"
+    )
+    add_sampler_flags(parser)
     return parser
 
 
@@ -103,10 +121,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         name: getattr(args, name)
         for name in ("num_inference_steps", "gen_length", "seed", "top_p", "temperature")
     }
+    if args.trace is not None and not args.trace.resolve().parent.is_dir():
+        raise UserError(f"--trace {args.trace}: there is no folder {args.trace.resolve().parent}")
+    sampler = sampler_options(args)
     start = time.perf_counter()
-    decoder = load_decoder(checkpoint, args.decoder, num_draft_tokens=args.num_draft_tokens)
+    decoder = load_decoder(
+        checkpoint, args.decoder, num_draft_tokens=args.num_draft_tokens, options=sampler
+    )
     loaded = time.perf_counter()
-    results = decoder.generate(texts, batch_size=args.batch_size, strict=args.strict, **options)
+    if args.trace is not None or args.live or args.template is not None:
+        results = write_one_batch(decoder, texts, args, options)
+    else:
+        results = decoder.generate(texts, batch_size=args.batch_size, strict=args.strict, **options)
     seconds = {"load_seconds": loaded - start, "generate_seconds": time.perf_counter() - loaded}
     head = {
         "decoder": decoder.name,
@@ -124,6 +150,49 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         print_texts(results, head, seconds)
     return 0
+
+
+def write_one_batch(
+    decoder: Decoder, texts: list[str], args: argparse.Namespace, options: dict[str, Any]
+) -> list[Generation]:
+    """What needs every step, or a canvas with given tokens: all texts at once.
+
+    Raises:
+        UserError: for a decoder other than tess.
+    """
+    if not isinstance(decoder, TessDecoder):
+        raise UserError(
+            f"--trace, --live and --template belong to the tess decoder, and this one is "
+            f"{decoder.name}"
+        )
+    fixed = None
+    if args.template is not None:
+        fixed = template_tokens(decoder.tokenizer, args.template).repeat(len(texts), 1)
+    view = LiveDenoising(decoder.tokenizer, sys.stderr) if args.live else None
+    with view if view is not None else nullcontext():
+        results, out = decoder.trace(
+            texts,
+            strict=args.strict,
+            fixed_tokens=fixed,
+            on_trace=None if view is None else view.update,
+            **options,
+        )
+    if args.trace is not None:
+        count = decoder.num_candidates
+        steps = options["num_inference_steps"] or decoder.default_num_inference_steps
+        settings = {**options, "scheduler": decoder.scheduler_name, "num_inference_steps": steps}
+        page = trace_page(
+            out.trace,
+            decoder.tokenizer,
+            [text for text in texts for _ in range(count)],
+            None,
+            settings,
+            lengths=[length for length in out.lengths for _ in range(count)],
+            nfe=out.nfe if count == 1 else [n for each in out.candidates.nfe for n in each],
+        )
+        write_atomically(args.trace, page)
+        print(f"wrote {args.trace}", file=sys.stderr)
+    return results
 
 
 def read_lines(path: Path) -> list[str]:

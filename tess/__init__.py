@@ -17,18 +17,27 @@ if TYPE_CHECKING:  # what editors and type checkers read
     from tess.decoders import load_decoder
     from tess.denoiser import TessDenoiser
     from tess.pipeline import TessPipeline
+    from tess.schedulers.base import SimplexScheduler
+    from tess.schedulers.ddim import SimplexDDIMScheduler
+    from tess.schedulers.dpm_solver import SimplexDPMSolverScheduler
+    from tess.schedulers.euler import SimplexEulerScheduler
     from tess.schedulers.renoising import RenoisingScheduler
-    from tess.schedulers.simplex import NoisedSimplex
+    from tess.schedulers.simplex import DenseSimplex, NoisedSimplex
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DenseSimplex",
     "HybridCache",
     "HybridConfig",
     "HybridForCausalLM",
     "HybridModel",
     "NoisedSimplex",
     "RenoisingScheduler",
+    "SimplexDDIMScheduler",
+    "SimplexDPMSolverScheduler",
+    "SimplexEulerScheduler",
+    "SimplexScheduler",
     "TessConfig",
     "TessDenoiser",
     "TessPipeline",
@@ -38,12 +47,17 @@ __all__ = [
 ]
 
 _HOME = {
+    "DenseSimplex": "tess.schedulers.simplex",
     "HybridCache": "tess.backbones.cache",
     "HybridConfig": "tess.backbones.config",
     "HybridForCausalLM": "tess.backbones.causal_lm",
     "HybridModel": "tess.backbones.hybrid",
     "NoisedSimplex": "tess.schedulers.simplex",
     "RenoisingScheduler": "tess.schedulers.renoising",
+    "SimplexDDIMScheduler": "tess.schedulers.ddim",
+    "SimplexDPMSolverScheduler": "tess.schedulers.dpm_solver",
+    "SimplexEulerScheduler": "tess.schedulers.euler",
+    "SimplexScheduler": "tess.schedulers.base",
     "TessConfig": "tess.config",
     "TessDenoiser": "tess.denoiser",
     "TessPipeline": "tess.pipeline",

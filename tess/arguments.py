@@ -173,8 +173,8 @@ class DataArguments:
     )
     conditional_generation: str = option(
         "seq2seq",
-        "Objective, or several separated by commas (one is drawn per batch): seq2seq, prefix_lm, "
-        "span_infilling, ul2, unconditional, ul2_with_unconditional, text_infilling.",
+        "Objective, or several separated by commas (one is drawn per batch): seq2seq, block, "
+        "prefix_lm, span_infilling, ul2, unconditional, ul2_with_unconditional, text_infilling.",
     )
     max_train_samples: int | None = option(None, "Use the first so many training rows.")
     max_eval_samples: int | None = option(None, "Use the first so many evaluation rows.")
@@ -379,6 +379,10 @@ def _check(settings: Settings) -> None:
     ):
         if not 0 <= getattr(owner, name) <= 1:
             raise UserError(f"{name} must be between 0 and 1, got {getattr(owner, name)}")
+    if settings.diffusion.length_loss_weight < 0:
+        raise UserError(
+            f"length_loss_weight must not be negative, got {settings.diffusion.length_loss_weight}"
+        )
     for name in ("max_train_samples", "max_eval_samples"):
         if getattr(data, name) is not None and getattr(data, name) < 1:
             raise UserError(f"{name} must be at least 1, got {getattr(data, name)}")

@@ -39,11 +39,15 @@ TEXT_INFILLING_SPAN = 3.0
 
 @dataclass
 class Drawn:
-    """One example before padding; `context` marks target positions that stay clean."""
+    """One example before padding; `context` marks target positions that stay clean.
+
+    whole_canvas: padding up to the maximum target length, as a block has in generation.
+    """
 
     target: list[int]
     source: list[int] | None = None
     context: list[bool] | None = None
+    whole_canvas: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +74,8 @@ class Canvas:
         own = len(example.target)
         if self.pad_loss_weight == 0 or example.context is not None:
             return own
+        if example.whole_canvas:
+            return limit
         if self.extent == "batch" or example.source is None or self.length_ratio is None:
             return longest
         rule = math.ceil(self.length_ratio * len(example.source)) + self.length_margin
@@ -102,8 +108,8 @@ def _parts(total: int, count: int, rng: random.Random) -> list[int]:
 class Collator:
     """Makes batches for an objective, or for a comma-separated mixture with equal shares.
 
-    Text objectives (all but `seq2seq`) read a row's target, or for a pair either side with equal
-    chance.
+    Text objectives (all but those of `NEED_SOURCE`) read a row's target, or for a pair either side
+    with equal chance.
 
     Args:
         tokenizer: gives the special ids.
@@ -146,11 +152,27 @@ class Collator:
 
     def _seq2seq(self, batch_rng: random.Random) -> Callable[[Row, random.Random], Drawn]:
         def draw(row: Row, rng: random.Random) -> Drawn:
-            if row["source"] is None:
-                raise UserError("seq2seq needs rows with a source, got raw text")
+            _need_source("seq2seq", row)
             return Drawn(
                 target=target_layout(self.tokenizer, row["target"], self.max_target_length),
                 source=source_layout(self.tokenizer, row["source"], self.max_source_length),
+            )
+
+        return draw
+
+    def _block(self, batch_rng: random.Random) -> Callable[[Row, random.Random], Drawn]:
+        def draw(row: Row, rng: random.Random) -> Drawn:
+            _need_source("block", row)
+            source = source_layout(self.tokenizer, row["source"], self.max_source_length)
+            text = target_layout(self.tokenizer, row["target"])
+            room = self.max_source_length - len(source)
+            # Without room for what was written before, the middle of a text cannot be asked for.
+            starts = range(0, len(text) if room else 1, self.max_target_length)
+            start = rng.choice(starts)
+            return Drawn(
+                target=text[start : start + self.max_target_length],
+                source=source + text[max(0, start - room) : start],
+                whole_canvas=True,
             )
 
         return draw
@@ -269,6 +291,11 @@ def pad_sources(sources: Sequence[Sequence[int]], pad_id: int) -> dict[str, Tens
     return {"source_ids": source_ids_BS, "source_mask": source_mask_BS}
 
 
+def _need_source(objective: str, row: Row) -> None:
+    if row["source"] is None:
+        raise UserError(f"{objective} needs rows with a source, got raw text")
+
+
 def _side(row: Row, rng: random.Random) -> Sequence[int]:
     if row["source"] is not None and rng.random() < 0.5:
         return row["source"]
@@ -279,6 +306,7 @@ OBJECTIVES: dict[
     str, Callable[[Collator, random.Random], Callable[[Row, random.Random], Drawn]]
 ] = {
     "seq2seq": Collator._seq2seq,
+    "block": Collator._block,
     "prefix_lm": Collator._prefix_lm,
     "span_infilling": Collator._span_infilling,
     "ul2": Collator._ul2,
@@ -289,6 +317,11 @@ OBJECTIVES: dict[
 """What `conditional_generation` may name:
 
 - `seq2seq`: the target given the source.
+- `block`: a block of the target given the source and all blocks before it, for texts longer than
+  the canvas (arXiv 2210.17432, 2503.09573). Blocks are of `max_target_length` tokens, each equally
+  likely; the last one ends with `</s>`, and of a text that fits it is `seq2seq`. The blocks before
+  follow the source's `</s>`, and where `max_source_length` is short, their oldest tokens are cut.
+  Padding, where it has a weight, fills the block. Generate with the same `block_length`.
 - `prefix_lm`: the rest of a text given its beginning (1 token up to half of it), which is the
   source.
 - `span_infilling`: T5 spans (15 %, mean length 3) noised in place; the rest of the text is clean
@@ -300,6 +333,10 @@ OBJECTIVES: dict[
 - `text_infilling`: the text given itself with spans hidden behind one `<mask>` each (0 to 50 %,
   mean length 3).
 """
+
+
+NEED_SOURCE = ("seq2seq", "block")
+"""Objectives for pairs only."""
 
 
 def objective_names(conditional_generation: str) -> list[str]:

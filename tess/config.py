@@ -6,7 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from tess.backbones.config import HybridConfig
-from tess.schedulers.renoising import resolve_simplex_value
+from tess.schedulers.base import resolve_simplex_value
 
 SOURCE_ENCODINGS = ("causal", "bidirectional", "joint")
 CONCATENATING = ("logits", "logits_with_projection")
@@ -49,9 +49,12 @@ class TessConfig(PreTrainedConfig):
         num_source_positions, num_target_positions: rows of learned absolute position embeddings
             added to source and target; 0 for none.
         pad_loss_weight: loss weight of padding; above 0 the canvas covers the padding too.
-        target_length_ratio, target_length_margin: canvas length when none is asked for:
-            ceil(ratio * source length) + margin, at most max_target_length; ratio None always
-            takes max_target_length.
+        length_head: predict a distribution over target lengths from the source's encoding
+            (`tess.length`); not for "joint", where the source has no encoding of its own.
+        target_length_quantile: with a length head the canvas, when none is asked for, is this
+            quantile of the predicted lengths + target_length_margin, at most max_target_length.
+        target_length_ratio, target_length_margin: without a head it is ceil(ratio * source length)
+            + margin, at most max_target_length; ratio None always takes max_target_length.
         max_source_length, max_target_length: tokens, bos and eos included.
 
     Raises:
@@ -73,6 +76,8 @@ class TessConfig(PreTrainedConfig):
     num_source_positions: int = 0
     num_target_positions: int = 0
     pad_loss_weight: float | int = 0.0
+    length_head: bool = False
+    target_length_quantile: float | int = 0.9
     target_length_ratio: float | int | None = None
     target_length_margin: int = 0
     max_source_length: int = 256
@@ -140,6 +145,16 @@ class TessConfig(PreTrainedConfig):
                 raise ValueError(
                     f"max_{side}_length={longest} is more than num_{side}_positions={rows}"
                 )
+        if self.length_head and self.source_encoding == "joint":
+            raise ValueError(
+                "length_head reads the source's own encoding and needs source_encoding 'causal' or "
+                "'bidirectional', got 'joint'"
+            )
+        if not 0 < self.target_length_quantile < 1:
+            raise ValueError(
+                "target_length_quantile must be above 0 and below 1, got "
+                f"{self.target_length_quantile}"
+            )
         self._check_label_shift()
         self._check_self_conditioning()
 

@@ -1,13 +1,14 @@
 """Ways to write with a checkpoint, behind one call.
 
 `tess` writes all tokens at once, `ar` token by token, and `ar+mtp` the same as `ar`, several tokens
-at a time: a multi-token predictor drafts them and the model checks them.
+at a time: a multi-token predictor drafts them and the model checks them. `tess+ar` writes the same
+as `ar` too, from whole drafts by `tess`.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,17 @@ from tess.backbones.causal_lm import DRAFT_TOKENS
 from tess.collators import pad_sources
 from tess.errors import UserError
 from tess.kernels import random
-from tess.pipeline import TessPipeline, check_sampling, draw_seed, example_keys
+from tess.pipeline import TessPipeline, TessPipelineOutput
+from tess.sampler_options import SamplerOptions
+from tess.sampling import TraceHook, check_sampling
 from tess.saving import Parts, kind_of, load_parts
+from tess.schedulers.family import name_of
 from tess.schedulers.renoising import sample_nucleus
+from tess.schedulers.stopping import StoppingRule
+from tess.sources import draw_seed, example_keys
 from tess.tokenization import decode, encode_sources
 
-DECODERS = ("tess", "ar", "ar+mtp")
+DECODERS = ("tess", "ar", "ar+mtp", "tess+ar")
 
 
 @dataclass(frozen=True)
@@ -37,8 +43,12 @@ class Generation:
     num_new_tokens: their number.
     nfe: network evaluations over the target spent on this text (reading the source is not counted
         for tess; it gives the first token for ar and ar+mtp, and is their first evaluation). The
-        predictor's own, smaller evaluations are not in it.
-    num_drafted, num_accepted: of ar+mtp: tokens drafted, and those of them that are in the text.
+        predictor's own, smaller evaluations are not in it. Of tess+ar: those of both models.
+    num_drafted, num_accepted: of ar+mtp and tess+ar: tokens drafted, and those of them that are in
+        the text.
+    num_first_accepted: of tess+ar: those of the first draft.
+    num_verifications: of tess+ar: evaluations of the causal model, without that of the source.
+    first: where there were several candidates, the first: what a single one would have been.
     """
 
     text: str
@@ -47,6 +57,9 @@ class Generation:
     nfe: int
     num_drafted: int = 0
     num_accepted: int = 0
+    num_first_accepted: int = 0
+    num_verifications: int = 0
+    first: "Generation | None" = None
 
 
 class Decoder(ABC):
@@ -55,6 +68,15 @@ class Decoder(ABC):
     name: str
     default_num_inference_steps: int | None = None
     num_draft_tokens: int | None = None
+    # of the sampler, for reports; see `tess.evaluation.Decoder`
+    scheduler_name: str | None = None
+    timestep_spacing: str | None = None
+    stopping: StoppingRule | None = None
+    num_candidates: int = 1
+    choose_by: str | None = None
+    length_source: str | None = None
+    sampler: dict[str, Any] | None = None
+    max_target_length: int | None = None
 
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
@@ -67,7 +89,7 @@ class Decoder(ABC):
         texts: list[str],
         *,
         num_inference_steps: int | None = None,
-        gen_length: int | None = None,
+        gen_length: int | Sequence[int] | None = None,
         seed: int = 0,
         batch_size: int = 8,
         top_p: float | None = None,
@@ -80,7 +102,8 @@ class Decoder(ABC):
         Args:
             texts: sources; a too long one is cut with a warning, or refused with `strict`.
             num_inference_steps: of tess; default 16, or all training steps where they are fewer.
-            gen_length: most new tokens, `</s>` included; default: the checkpoint's rule.
+            gen_length: most new tokens, `</s>` included, for tess also one number per source;
+                default: by the checkpoint's length head or rule.
             seed: the same seed gives the same texts, in any batch size and order; equal sources get
                 texts of their own, in the order they come.
             batch_size: texts at once.
@@ -109,7 +132,7 @@ class Decoder(ABC):
         rows: Sequence[Sequence[int]],
         *,
         num_inference_steps: int | None = None,
-        gen_length: int | None = None,
+        gen_length: int | Sequence[int] | None = None,
         seed: int = 0,
         batch_size: int = 8,
         top_p: float | None = None,
@@ -117,7 +140,7 @@ class Decoder(ABC):
         progress: bool = False,
     ) -> list[Generation]:
         """As `generate`, for sources as laid-out token ids."""
-        _check(gen_length, batch_size, top_p, temperature)
+        _check(gen_length, len(rows), batch_size, top_p, temperature)
         self.model.eval()
         # One key per source over all rows, so that its noise does not depend on the batches.
         keys = example_keys(rows, draw_seed(torch.Generator().manual_seed(seed)))
@@ -132,8 +155,11 @@ class Decoder(ABC):
             for start in range(0, len(order), batch_size):
                 chosen = order[start : start + batch_size]
                 batch = [list(rows[i]) for i in chosen]
+                lengths = gen_length
+                if gen_length is not None and not isinstance(gen_length, int):
+                    lengths = [gen_length[i] for i in chosen]
                 written = self._batch(
-                    batch, keys[chosen], num_inference_steps, gen_length, top_p, temperature
+                    batch, keys[chosen], num_inference_steps, lengths, top_p, temperature
                 )
                 results |= dict(zip(chosen, written, strict=True))
                 if progress:
@@ -158,7 +184,7 @@ class Decoder(ABC):
         rows: list[list[int]],
         keys: Tensor,
         num_inference_steps: int | None,
-        gen_length: int | None,
+        gen_length: int | Sequence[int] | None,
         top_p: float | None,
         temperature: float,
     ) -> list[Generation]:
@@ -166,17 +192,61 @@ class Decoder(ABC):
 
 
 class TessDecoder(Decoder):
-    """All target positions at once, in a fixed number of network evaluations."""
+    """All target positions at once, in a few network evaluations.
+
+    options: scheduler, stopping, guidance, candidates and the like.
+    """
 
     name = "tess"
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Parts, options: SamplerOptions | None = None) -> None:
         super().__init__(parts)
+        self.options = SamplerOptions() if options is None else options
         self.pipeline = TessPipeline(
-            denoiser=parts.model, scheduler=parts.scheduler, tokenizer=parts.tokenizer
+            denoiser=parts.model,
+            scheduler=self.options.replace_scheduler(parts.scheduler),
+            tokenizer=parts.tokenizer,
         )
         self.pipeline.set_progress_bar_config(disable=True)
         self.default_num_inference_steps = self.pipeline.default_num_inference_steps
+        scheduler, config = self.pipeline.scheduler, self.model.config
+        self.scheduler_name = name_of(scheduler)
+        self.timestep_spacing = scheduler.config.timestep_spacing
+        self.stopping = self.options.stopping
+        self.num_candidates = self.options.num_candidates
+        self.choose_by = self.options.choose_by if self.num_candidates > 1 else None
+        by_rule = "fixed" if config.target_length_ratio is None else "rule"
+        self.length_source = "predicted" if config.length_head else by_rule
+        self.max_target_length = config.max_target_length
+        self.sampler = self.options.changed()
+
+    def trace(
+        self,
+        texts: list[str],
+        *,
+        num_inference_steps: int | None = None,
+        gen_length: int | None = None,
+        seed: int = 0,
+        top_p: float | None = None,
+        temperature: float = 1.0,
+        strict: bool = False,
+        fixed_tokens: Tensor | None = None,
+        on_trace: TraceHook | None = None,
+    ) -> tuple[list[Generation], TessPipelineOutput]:
+        """As `generate`, in one batch, beside what the pipeline gave, its trace included.
+
+        The trace has a row for every candidate, N in a row for each source. fixed_tokens, on_trace:
+        see `TessPipeline`.
+        """
+        rows = encode_sources(self.tokenizer, texts, self._max_source_length(), strict)
+        _check(gen_length, len(rows), 1, top_p, temperature)
+        self.model.eval()
+        keys = example_keys(rows, draw_seed(torch.Generator().manual_seed(seed)))
+        out = self._run(
+            rows, keys, num_inference_steps, gen_length, top_p, temperature,
+            fixed_tokens=fixed_tokens, return_trace=True, on_trace=on_trace,
+        )  # fmt: skip
+        return self._generations(out), out
 
     def _max_source_length(self) -> int:
         return self.model.config.max_source_length
@@ -184,7 +254,13 @@ class TessDecoder(Decoder):
     def _batch(
         self, rows, keys, num_inference_steps, gen_length, top_p, temperature
     ) -> list[Generation]:
-        out = self.pipeline(
+        out = self._run(rows, keys, num_inference_steps, gen_length, top_p, temperature)
+        return self._generations(out)
+
+    def _run(
+        self, rows, keys, num_inference_steps, gen_length, top_p, temperature, **more: Any
+    ) -> TessPipelineOutput:
+        return self.pipeline(
             input_ids=rows,
             gen_length=gen_length,
             num_inference_steps=num_inference_steps,
@@ -192,12 +268,25 @@ class TessDecoder(Decoder):
             temperature=temperature,
             keys=keys,
             output_type="seq",
+            **self.options.call_arguments(self.tokenizer),
+            **more,
         )
+
+    def _generations(self, out: TessPipelineOutput) -> list[Generation]:
         # Cut to the canvas: what follows it is padding, which may be spelled as `</s>` is.
-        lengths = self.pipeline.target_lengths(rows, gen_length)
+        firsts: list[Generation | None] = [None] * len(out.lengths)
+        if (several := out.candidates) is not None:
+            firsts = [
+                self._generation(ids[:length], nfe[0])
+                for ids, length, nfe in zip(
+                    several.sequences[:, 0].tolist(), out.lengths, several.nfe, strict=True
+                )
+            ]
         return [
-            self._generation(ids[:length], nfe)
-            for ids, length, nfe in zip(out.sequences.tolist(), lengths, out.nfe, strict=True)
+            replace(self._generation(ids[:length], nfe), first=first)
+            for ids, length, nfe, first in zip(
+                out.sequences.tolist(), out.lengths, out.nfe, firsts, strict=True
+            )
         ]
 
 
@@ -231,6 +320,8 @@ class ArDecoder(Decoder):
     def _batch(
         self, rows, keys, num_inference_steps, gen_length, top_p, temperature
     ) -> list[Generation]:
+        if gen_length is not None and not isinstance(gen_length, int):
+            raise UserError("ar takes one gen_length for all sources, got one for each")
         if num_inference_steps is not None:
             raise UserError(
                 "num_inference_steps belongs to the tess decoder; ar takes one evaluation per "
@@ -298,9 +389,13 @@ class ArMtpDecoder(ArDecoder):
         ]
 
 
-def make_decoder(parts: Parts) -> TessDecoder | ArDecoder:
+def make_decoder(parts: Parts, options: SamplerOptions | None = None) -> TessDecoder | ArDecoder:
     """The decoder of a loaded (or just trained) checkpoint: `tess`, or else `ar`."""
-    return ArDecoder(parts) if parts.scheduler is None else TessDecoder(parts)
+    if parts.scheduler is not None:
+        return TessDecoder(parts, options)
+    if options is not None and options != SamplerOptions():
+        raise UserError("options of the sampler belong to the tess decoder, and this one is ar")
+    return ArDecoder(parts)
 
 
 def load_decoder(
@@ -308,15 +403,18 @@ def load_decoder(
     decoder: str | None = None,
     dtype: torch.dtype = torch.float32,
     num_draft_tokens: int | None = None,
-) -> TessDecoder | ArDecoder:
+    options: SamplerOptions | None = None,
+) -> Decoder:
     """Load the decoder called `decoder` from a checkpoint.
 
     Args:
         checkpoint: a pipeline folder (tess), a causal model's folder (ar), a folder that holds such
             ones as `tess/` and `ar/`, or a training's output folder with `final/`.
-        decoder: "tess", "ar" or "ar+mtp"; None takes tess where there is one, else ar.
+        decoder: "tess", "ar", "ar+mtp" or "tess+ar"; None takes tess where there is one, else ar.
         dtype: of the weights in memory; with float32 a text does not depend on its batch.
         num_draft_tokens: of ar+mtp, drafted at a time (3 unless given); changes speed alone.
+        options: of tess: scheduler, stopping, guidance, candidates and the like. To choose by "ar"
+            without a scorer takes the folder's own causal model.
 
     Raises:
         UserError: no such folder, no such decoder in it, or a checkpoint that cannot be used.
@@ -335,13 +433,22 @@ def load_decoder(
             "model's config.json (ar), or folders tess/ or ar/"
         )
     name = decoder or next(name for name in DECODERS if name in found)
-    kind = name.removesuffix("+mtp")
-    if kind not in found:
+    kind, *verifier = name.removesuffix("+mtp").split("+")
+    if not {kind, *verifier} <= set(found):
         raise UserError(f"{folder} has no decoder {name!r}; it has {', '.join(found)}")
-    parts = load_parts(found[kind], dtype, "cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if options is not None and options.needs_scorer:
+        if "ar" not in found:
+            raise UserError(f"choose_by 'ar' needs a causal model beside the denoiser in {folder}")
+        options = replace(options, scorer=load_parts(found["ar"], dtype, device).model.eval())
+    parts = load_parts(found[kind], dtype, device)
     if name == ArMtpDecoder.name:
         return ArMtpDecoder(parts, DRAFT_TOKENS if num_draft_tokens is None else num_draft_tokens)
-    return make_decoder(parts)
+    if verifier:
+        from tess.draft_verify import DraftVerifyDecoder  # made of the decoders here
+
+        return DraftVerifyDecoder(parts, load_parts(found["ar"], dtype, device), options=options)
+    return make_decoder(parts, options)
 
 
 def _find(folder: Path) -> dict[str, Path]:
@@ -354,10 +461,17 @@ def _find(folder: Path) -> dict[str, Path]:
 
 
 def _check(
-    gen_length: int | None, batch_size: int, top_p: float | None, temperature: float
+    gen_length: int | Sequence[int] | None,
+    rows: int,
+    batch_size: int,
+    top_p: float | None,
+    temperature: float,
 ) -> None:
-    if gen_length is not None and gen_length < 1:
-        raise UserError(f"gen_length must be at least 1, got {gen_length}")
+    lengths = [gen_length] if isinstance(gen_length, int) else list(gen_length or [1])
+    if min(lengths) < 1:
+        raise UserError(f"gen_length must be at least 1, got {min(lengths)}")
+    if gen_length is not None and not isinstance(gen_length, int) and len(lengths) != rows:
+        raise UserError(f"gen_length must be one number or {rows}, got {len(lengths)}")
     if batch_size < 1:
         raise UserError(f"batch_size must be at least 1, got {batch_size}")
     check_sampling(top_p, temperature)

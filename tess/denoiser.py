@@ -3,7 +3,7 @@
 # B examples, S source positions, L target positions, V vocabulary, H hidden
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,8 @@ from tess.config import TessConfig
 from tess.kernels.cross_entropy import linear_cross_entropy
 from tess.kernels.head import Processors, vocabulary_sweep
 from tess.kernels.order_statistics import MomentsCache
-from tess.schedulers.simplex import DenseSimplex, NoisedSimplex
+from tess.length import LengthHead
+from tess.schedulers.simplex import DenseSimplex, NoisedSimplex, SoftTokens
 from tess.self_conditioning import Prediction, SelfConditioning
 
 POSITION_SCALE = 0.6
@@ -42,6 +43,19 @@ class DenoiserOutput(ModelOutput):
     loss: Tensor | None = None
     token_losses: Tensor | None = None
     last_hidden_state: Tensor | None = None
+
+
+class SourceReading(NamedTuple):
+    """What one pass over the source leaves.
+
+    cache: for `TessDenoiser.forward`; None in the joint layout.
+    last_state: [B, H], the final state at the source's last position, for
+        `TessDenoiser.length_log_probs`; with `label_shift` at the one before, and zeros for a
+        source of one token. None in the joint layout.
+    """
+
+    cache: HybridCache | None
+    last_state: Tensor | None
 
 
 class TessDenoiser(StrictPreTrainedModel):
@@ -76,6 +90,9 @@ class TessDenoiser(StrictPreTrainedModel):
         self.target_positions = _positions(config.num_target_positions, width)
         tied = config.backbone_config.tie_word_embeddings
         self.lm_head = None if tied else nn.Linear(width, config.vocab_size, bias=False)
+        self.length_head = None
+        if config.length_head:
+            self.length_head = LengthHead(width, config.max_target_length)
         self._moments = MomentsCache()
         self.post_init()
 
@@ -105,21 +122,39 @@ class TessDenoiser(StrictPreTrainedModel):
         Returns None in the joint layout, where the source has no encoding of its own. With
         `label_shift` the last token is left to `forward`; the cache of one token is empty.
         """
+        return self.read_source(source_ids, source_mask).cache
+
+    def read_source(self, source_ids: Tensor, source_mask: Tensor | None) -> SourceReading:
+        """`encode_source`, with the state that says how long the target will be."""
         if self.config.source_encoding == "joint":
-            return None
+            return SourceReading(None, None)
         cache = HybridCache()
         columns = slice(None)
         if self.config.label_shift:
             columns = slice(None, -1)
             if source_ids.shape[1] == 1:
-                return cache
-        self.backbone(
+                shape = (len(source_ids), self.config.hidden_size)
+                return SourceReading(cache, self.backbone.embeddings.weight.new_zeros(shape))
+        mask = None if source_mask is None else source_mask[:, columns]
+        last_BH = self.backbone(
             inputs_embeds=self._embed_source(source_ids, source_mask, columns),
-            attention_mask=None if source_mask is None else source_mask[:, columns],
+            attention_mask=mask,
             past_key_values=cache,
             mode="causal" if self.config.source_encoding == "causal" else "prefix",
-        )
-        return cache
+        ).last_hidden_state[:, -1]
+        if self.config.label_shift and mask is not None:  # a source of one token beside longer ones
+            last_BH = last_BH.masked_fill(~mask[:, -1:].bool(), 0.0)
+        return SourceReading(cache, last_BH)
+
+    def length_log_probs(self, last_state_BH: Tensor, source_lengths_B: Tensor) -> Tensor:
+        """Log-probabilities [B, max_target_length] of the target lengths 1, 2, ...
+
+        last_state_BH: `read_source`'s. source_lengths_B: tokens, special ones included.
+        Raises ValueError where the model has no length head.
+        """
+        if self.length_head is None:
+            raise ValueError("the model has no length head: its config says length_head=False")
+        return self.length_head(last_state_BH, source_lengths_B)
 
     def forward(
         self,
@@ -177,13 +212,34 @@ class TessDenoiser(StrictPreTrainedModel):
             return DenoiserOutput(last_hidden_state=hidden_BLH)
         loss, losses_T = linear_cross_entropy(
             hidden_BLH.flatten(0, 1),
-            self._head_weight(),
+            self.head_weight(),
             labels.flatten(),
             weights_T=None if loss_weights is None else loss_weights.flatten(),
             return_token_losses=True,
         )
         return DenoiserOutput(
             loss=loss, token_losses=losses_T.view(labels.shape), last_hidden_state=hidden_BLH
+        )
+
+    def extend_source(
+        self, cache: HybridCache, source_ids: Tensor, source_mask: Tensor, count: int
+    ) -> None:
+        """Read the last `count` columns of a causal source into the cache of those before.
+
+        source_ids, source_mask: [B, S], all of it; each part left-padded.
+        Raises ValueError where what comes later changes the encoding of what was read.
+        """
+        if self.config.source_encoding != "causal" or self.config.label_shift:
+            raise ValueError(
+                "only a causal source without label_shift can be extended, got source_encoding="
+                f"{self.config.source_encoding!r}, label_shift={self.config.label_shift}"
+            )
+        columns = slice(-count, None)
+        self.backbone(
+            inputs_embeds=self._embed_source(source_ids, source_mask, columns),
+            attention_mask=source_mask[:, columns],
+            past_key_values=cache,
+            mode="causal",
         )
 
     def predict(
@@ -195,6 +251,7 @@ class TessDenoiser(StrictPreTrainedModel):
         uniforms: Tensor | None = None,
         processors: Processors | None = None,
         choice_BLH: Tensor | None = None,
+        num_soft_tokens: int | None = None,
     ) -> Prediction:
         """Choose a token at every position, in one sweep over the vocabulary without gradient.
 
@@ -205,6 +262,8 @@ class TessDenoiser(StrictPreTrainedModel):
                 `tess.kernels.head.vocabulary_sweep`.
             choice_BLH: choose and measure the tokens by this state's logits instead (guidance);
                 what self-conditioning reads stays hidden_BLH's.
+            num_soft_tokens: also give so many of each position's likeliest tokens, for samplers
+                that carry soft predictions.
 
         Returns:
             The tokens with their log-probabilities and entropies, and what this model's
@@ -214,14 +273,18 @@ class TessDenoiser(StrictPreTrainedModel):
             ValueError: options out of range, hidden states that are not finite.
         """
         kind, shape = self.config.self_conditioning, hidden_BLH.shape[:2]
-        rule: dict[str, Any] = {"temperature": temperature, "processors": processors}
+        rule: dict[str, Any] = {
+            "temperature": temperature,
+            "processors": processors,
+            "num_likeliest": num_soft_tokens,
+        }
         if top_p is not None:
             uniform_T = None if uniforms is None else uniforms.flatten()
             rule |= {"choose": "sample", "top_p": top_p, "uniform_T": uniform_T}
         whole = self.config.needs_whole_simplex
         soft = kind is not None and "projection" not in kind and not whole
         table = self.backbone.embeddings.weight if soft else None
-        head = self._head_weight()
+        head = self.head_weight()
         if choice_BLH is None:
             out = vocabulary_sweep(
                 hidden_BLH.flatten(0, 1), head, expected_embedding_of=table, **rule
@@ -231,19 +294,26 @@ class TessDenoiser(StrictPreTrainedModel):
             if soft:
                 own = vocabulary_sweep(hidden_BLH.flatten(0, 1), head, expected_embedding_of=table)
                 out = out._replace(embedding_TH=own.embedding_TH)
+        likeliest = None
+        if num_soft_tokens is not None:
+            likeliest = SoftTokens(
+                out.likeliest_ids_TM.view(*shape, -1), out.likeliest_probs_TM.view(*shape, -1)
+            )
         return Prediction(
             token_ids=out.tokens_T.view(shape),
             log_probs=out.log_prob_T.view(shape),
             entropies=out.entropy_T.view(shape),
             embedding=out.embedding_TH.view(*shape, -1) if soft else None,
             logits=self.logits(hidden_BLH).detach() if whole else None,
+            soft=likeliest,
         )
 
     def logits(self, hidden_BLH: Tensor) -> Tensor:
         """The head's logits [B, L, V] in float32, also under autocast: all of them at once."""
-        return F.linear(hidden_BLH, self._head_weight()).float()
+        return F.linear(hidden_BLH, self.head_weight()).float()
 
-    def _head_weight(self) -> Tensor:
+    def head_weight(self) -> Tensor:
+        """The head's matrix [V, H]."""
         return (self.backbone.embeddings if self.lm_head is None else self.lm_head).weight
 
     def _read_source(

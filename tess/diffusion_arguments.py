@@ -6,8 +6,8 @@ from typing import Any
 from tess.errors import UserError
 from tess.kernels.simplex_embedding import NOISES
 from tess.options import option
+from tess.schedulers.base import SPACINGS
 from tess.schedulers.presets import SCHEDULER_PRESETS
-from tess.schedulers.renoising import SPACINGS
 from tess.schedulers.simplex import NUM_TOP
 
 
@@ -121,6 +121,14 @@ class DiffusionArguments:
         "Share of training targets that fit the default generation length; default 0.99 with "
         "pad_loss_weight, and 0.5 without it (such a model fills its canvas).",
     )
+    length_head: bool | None = option(
+        None,
+        "Predict target lengths from the source's encoding, trained jointly; length_quantile is "
+        "then that of the predicted lengths.",
+    )
+    length_loss_weight: float = option(
+        0.1, "Weight of the length head's cross-entropy beside the tokens' loss."
+    )
 
     def denoiser_overrides(self) -> dict[str, Any]:
         """The denoiser config's fields that were set."""
@@ -128,7 +136,7 @@ class DiffusionArguments:
             "source_encoding", "label_shift", "self_conditioning",
             "self_conditioning_mix", "self_conditioning_zeros_after_softmax",
             "self_conditioning_mlp", "deepmind_conditional", "num_source_positions",
-            "num_target_positions", "pad_loss_weight",
+            "num_target_positions", "pad_loss_weight", "length_head",
         ]  # fmt: skip
         chosen = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if self.simplex_value is not None:

@@ -5,6 +5,7 @@ The keys of `report.json` are stable and documented in `docs/evaluation.md`.
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import tempfile
@@ -15,11 +16,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 import tess
 from tess.errors import UserError
+from tess.evaluation_page import markdown
 from tess.loading import Example
 from tess.metrics import score
+from tess.schedulers.stopping import StoppingRule
+from tess.tokenization import encode_texts, target_layout
 
 PACKAGES = ("torch", "transformers", "diffusers", "sacrebleu", "rouge-score")
 FILES = ("report.json", "report.md", "predictions.jsonl")
@@ -30,7 +35,8 @@ class Generation(Protocol):
 
     text: str
     num_new_tokens: int  # new tokens that are not padding
-    nfe: int  # network evaluations spent on this text
+    nfe: int  # network evaluations spent on this text, all candidates together
+    first: "Generation | None"  # the first candidate, where there were several
 
 
 class Decoder(Protocol):
@@ -40,12 +46,24 @@ class Decoder(Protocol):
     num_parameters: int
     default_num_inference_steps: int | None  # None: it has no such thing
     num_draft_tokens: int | None  # None: it does not draft
+    tokenizer: PreTrainedTokenizerBase
+
+    # How it samples; None: it does not sample so.
+    scheduler_name: str | None  # a key of `tess.schedulers.family.SAMPLERS`
+    timestep_spacing: str | None
+    stopping: StoppingRule | None
+    num_candidates: int  # texts per source, of which one is chosen; 1: there is no choice
+    choose_by: str | None  # one of `tess.candidates.CHOICES`; None with one candidate
+    length_source: str | None  # of the canvas unless told: "predicted", "rule" or "fixed"
+    sampler: Mapping[str, Any] | None  # the options that differ from their defaults
+    max_target_length: int | None  # the longest canvas that the model was trained on, in tokens
 
     def generate(
         self,
         sources: list[str],
         *,
         num_inference_steps: int | None,
+        gen_length: int | Sequence[int] | None,
         seed: int,
         batch_size: int,
         progress: bool,
@@ -68,6 +86,8 @@ def evaluate(
     checkpoint: str,
     data: Mapping[str, str | None],
     num_inference_steps: int | None = None,
+    gen_length: int | None = None,
+    gold_length: bool = False,
     seed: int = 0,
     batch_size: int = 8,
     limit: int | None = None,
@@ -80,15 +100,21 @@ def evaluate(
         checkpoint, data: where model and rows came from; they go into the report as they are.
         num_inference_steps: None takes the decoder's default; the report has the number itself,
             and null for a decoder without such steps.
+        gen_length: most new tokens of every text; None: as the decoder has it.
+        gold_length: a diagnostic, marked in the report: each canvas is as long as the row's first
+            reference, which no system can know.
         strict: a source that is too long is an error, not a warning and a cut.
 
     Raises:
-        UserError: no example, a limit or batch size under 1, or what the decoder refuses.
+        UserError: no example, a limit or batch size under 1, two lengths, or what the decoder
+        refuses.
     """
     if limit is not None and limit < 1:
         raise UserError(f"limit must be at least 1, got {limit}")
     if batch_size < 1:
         raise UserError(f"batch_size must be at least 1, got {batch_size}")
+    if gold_length and gen_length is not None:
+        raise UserError(f"gold_length and gen_length exclude each other, got both ({gen_length})")
     examples = list(examples[:limit])
     if not examples:
         raise UserError("expected at least one example to evaluate, got none")
@@ -101,6 +127,7 @@ def evaluate(
     generations = decoder.generate(
         sources,
         num_inference_steps=num_inference_steps,
+        gen_length=_gold_lengths(decoder, references) if gold_length else gen_length,
         seed=seed,
         batch_size=batch_size,
         progress=progress,
@@ -110,7 +137,14 @@ def evaluate(
     assert len(generations) == len(examples), "a decoder gives one text per source"
 
     texts = [generation.text for generation in generations]
+    firsts = _first_candidates(decoder, generations)
     nfe = [int(generation.nfe) for generation in generations]
+    nfe_first = [int(generation.nfe) for generation in firsts]
+    length = decoder.length_source if gen_length is None else "fixed"
+    metrics = {"system": score(texts, references, sources)}
+    if decoder.num_candidates > 1:
+        metrics["first_candidate"] = score([one.text for one in firsts], references, sources)
+    metrics["copy_source"] = score(sources, references, sources)
     new_tokens = sum(int(generation.num_new_tokens) for generation in generations)
     report = {
         "checkpoint": checkpoint,
@@ -121,8 +155,17 @@ def evaluate(
         "seed": seed,
         "batch_size": batch_size,
         "num_inference_steps": num_inference_steps,
+        "scheduler": decoder.scheduler_name,
+        "timestep_spacing": decoder.timestep_spacing,
+        "stopping": _stopping(decoder.stopping),
+        "length": "gold" if gold_length else length,
+        "gen_length": gen_length,
+        "sampler": None if decoder.sampler is None else dict(decoder.sampler),
+        "num_candidates": decoder.num_candidates,
+        "choose_by": decoder.choose_by,
         "nfe_mean": sum(nfe) / len(nfe),
         "nfe_max": max(nfe),
+        "nfe_first_mean": sum(nfe_first) / len(nfe),
         "new_tokens": new_tokens,
         "generation_seconds": seconds,
         "new_tokens_per_second": new_tokens / seconds if seconds > 0 else 0.0,
@@ -130,10 +173,7 @@ def evaluate(
         "tokens_per_forward": new_tokens / sum(nfe),
         "num_draft_tokens": decoder.num_draft_tokens,
         "acceptance_length": _acceptance_length(decoder, generations, new_tokens),
-        "metrics": {
-            "system": score(texts, references, sources),
-            "copy_source": score(sources, references, sources),
-        },
+        "metrics": metrics,
         "versions": _versions(),
         "machine": _machine(),
     }
@@ -147,7 +187,33 @@ def evaluate(
         }
         for example, generation in zip(examples, generations, strict=True)
     ]
+    if decoder.num_candidates > 1:
+        for row, first in zip(predictions, firsts, strict=True):
+            row["first_prediction"] = first.text
     return Evaluation(report, predictions)
+
+
+def _gold_lengths(decoder: Decoder, references: Sequence[Sequence[str]]) -> list[int]:
+    """Tokens of the first references, `</s>` included, as training cuts them."""
+    ids = encode_texts(decoder.tokenizer, [row[0] for row in references])
+    longest = decoder.max_target_length
+    return [len(target_layout(decoder.tokenizer, row, longest)) for row in ids]
+
+
+def _first_candidates(decoder: Decoder, generations: Sequence[Generation]) -> Sequence[Generation]:
+    """What one candidate alone would have been, for every source."""
+    if decoder.num_candidates == 1:
+        return generations
+    firsts = [generation.first for generation in generations]
+    assert all(first is not None for first in firsts), "several candidates have a first"
+    return firsts
+
+
+def _stopping(rule: StoppingRule | None) -> dict[str, float | None] | None:
+    if rule is None:
+        return None
+    bound = rule.max_entropy
+    return {"patience": rule.patience, "max_entropy": bound if math.isfinite(bound) else None}
 
 
 def _acceptance_length(
@@ -201,91 +267,6 @@ def write_atomically(path: Path, text: str) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)  # gone already unless something failed
-
-
-def markdown(report: Mapping[str, Any]) -> str:
-    """`report.json` as a page to read: the metrics in a table, then speed, then the setting."""
-    system, copy = report["metrics"]["system"], report["metrics"]["copy_source"]
-    lines = [
-        f"# {report['decoder']} on {_data_name(report['data'])}",
-        "",
-        "| metric | system | copy of the source |",
-        "|---|---:|---:|",
-        *(f"| {key} | {_cell(system[key])} | {_cell(copy[key])} |" for key in _numbers(system)),
-        "",
-        f"BLEU: `{system['bleu_signature']}`; chrF: `{system['chrf_signature']}`. ROUGE, BLEU, "
-        "chrF, SARI, self_bleu and ibleu run to 100; the others are ratios and counts.",
-        "",
-        "| cost | |",
-        "|---|---:|",
-        f"| network evaluations per text, mean | {report['nfe_mean']:.2f} |",
-        f"| network evaluations per text, maximum | {report['nfe_max']} |",
-        f"| new tokens (without padding) | {report['new_tokens']} |",
-        f"| generation, seconds | {report['generation_seconds']:.2f} |",
-        f"| new tokens per second | {report['new_tokens_per_second']:.1f} |",
-        f"| new tokens per network evaluation | {report['tokens_per_forward']:.2f} |",
-        *_draft_lines(report),
-        "",
-        "| setting | |",
-        "|---|---|",
-    ]
-    steps = report["num_inference_steps"]
-    settings = {
-        "checkpoint": report["checkpoint"],
-        "parameters": f"{report['num_parameters']:,}",
-        "num_inference_steps": "none" if steps is None else steps,
-        "seed": report["seed"],
-        "batch_size": report["batch_size"],
-        **report["versions"],
-        **{f"machine: {key}": value for key, value in report["machine"].items()},
-    }
-    lines += [f"| {key} | {_escape(value)} |" for key, value in settings.items()]
-    return "\n".join(lines) + "\n"
-
-
-def _draft_lines(report: Mapping[str, Any]) -> list[str]:
-    if report["acceptance_length"] is None:
-        return []
-    return [
-        f"| drafted tokens per evaluation | {report['num_draft_tokens']} |",
-        f"| tokens kept per evaluation of a draft | {report['acceptance_length']:.2f} |",
-    ]
-
-
-def summary(report: Mapping[str, Any]) -> str:
-    """The figures that matter first, as a small text table for the terminal."""
-    system, copy = report["metrics"]["system"], report["metrics"]["copy_source"]
-    keys = ("rouge1", "rouge2", "rougeL", "rougeLsum", "bleu", "chrf", "sari", "self_bleu")
-    keys += ("distinct2", "repeated_words", "length_ratio", "exact_copies", "empty_predictions")
-    rows = [f"{key:<18}{_cell(system[key]):>10}{_cell(copy[key]):>10}" for key in keys]
-    return "\n".join(
-        [
-            f"{report['decoder']} on {_data_name(report['data'])}, {report['rows']} rows",
-            f"{'':<18}{'system':>10}{'copy':>10}",
-            *rows,
-            f"NFE mean {report['nfe_mean']:.2f}, max {report['nfe_max']}; "
-            f"{report['new_tokens_per_second']:.1f} new tokens/s, "
-            f"{report['tokens_per_forward']:.2f} tokens per evaluation",
-        ]
-    )
-
-
-def _numbers(metrics: Mapping[str, Any]) -> list[str]:
-    return [key for key, value in metrics.items() if not isinstance(value, str)]
-
-
-def _cell(value: float | int) -> str:
-    return str(value) if isinstance(value, int) else f"{value:.3f}"
-
-
-def _escape(value: object) -> str:
-    return str(value).replace("|", "\\|")
-
-
-def _data_name(data: Mapping[str, str | None]) -> str:
-    if data.get("file"):
-        return Path(data["file"]).name
-    return f"{data['task']} ({data['dataset']}, {data['split']})"
 
 
 def _versions() -> dict[str, str]:

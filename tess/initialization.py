@@ -125,7 +125,7 @@ def _predictor(settings: Settings, was: HybridConfig) -> dict[str, int]:
 
 def store_limits(parts: Parts, settings: Settings, rows: TokenRows) -> None:
     """Put the default lengths for generation where each kind of checkpoint keeps them."""
-    data, diffusion, tokenizer = settings.data, settings.diffusion, parts.tokenizer
+    data, tokenizer = settings.data, parts.tokenizer
     tokenizer.model_max_length = data.max_source_length
     if parts.scheduler is None:
         config = parts.model.config
@@ -136,13 +136,35 @@ def store_limits(parts: Parts, settings: Settings, rows: TokenRows) -> None:
             eos_token_id=config.eos_token_id,
         )
     elif "seq2seq" in objective_names(data.conditional_generation):
-        # Without pads in its canvases a model has learnt that the text ends where the canvas does.
-        pads = parts.model.config.pad_loss_weight > 0
-        quantile = diffusion.length_quantile or (0.99 if pads else 0.5)
-        sources = [
-            len(source_layout(tokenizer, ids, data.max_source_length)) for ids in rows.sources
-        ]
-        targets = [min(len(ids) + 1, data.max_target_length) for ids in rows.targets]
-        ratio, margin = length_rule(sources, targets, quantile)
-        parts.model.config.target_length_ratio = ratio
-        parts.model.config.target_length_margin = margin
+        config = parts.model.config
+        ratio, margin = fitted_length_rule(settings, parts, rows)
+        config.target_length_ratio = ratio
+        config.target_length_margin = 0 if config.length_head else margin
+    if parts.scheduler is not None and parts.model.config.length_head:
+        parts.model.config.target_length_quantile = _head_quantile(settings, parts)
+
+
+def fitted_length_rule(settings: Settings, parts: Parts, rows: TokenRows) -> tuple[float, int]:
+    """`length_rule` of the rows, which all have a source, at the run's quantile."""
+    data = settings.data
+    sources = [
+        len(source_layout(parts.tokenizer, ids, data.max_source_length)) for ids in rows.sources
+    ]
+    targets = [min(len(ids) + 1, data.max_target_length) for ids in rows.targets]
+    return length_rule(sources, targets, _length_quantile(settings, parts))
+
+
+def _length_quantile(settings: Settings, parts: Parts) -> float:
+    # Without pads in its canvases a model has learnt that the text ends where the canvas does.
+    pads = parts.model.config.pad_loss_weight > 0
+    return settings.diffusion.length_quantile or (0.99 if pads else 0.5)
+
+
+def _head_quantile(settings: Settings, parts: Parts) -> float:
+    quantile = _length_quantile(settings, parts)
+    if not 0 < quantile < 1:
+        raise UserError(
+            "length_quantile must be above 0 and below 1 with a length head, whose distribution "
+            f"ends at max_target_length, got {quantile}"
+        )
+    return quantile

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from tess.backbones.config import HybridConfig
 from tess.errors import UserError
+from tess.length import length_loss, text_lengths
 from tess.schedulers.density import EARLIEST_TIME, LearnedDensity
 from tess.schedulers.renoising import RenoisingScheduler
 
@@ -37,6 +38,7 @@ def tess_loss(
     self_conditioning_probability: float = 0.5,
     stratified: bool = True,
     source_drop_probability: float = 0.0,
+    length_loss_weight: float = 0.1,
     density: LearnedDensity | None = None,
 ) -> Tensor:
     """TESS's loss (arXiv 2305.08379, section 3): cross-entropy of clean tokens given noised ones.
@@ -54,6 +56,9 @@ def tess_loss(
         stratified: see `sample_uniforms`.
         source_drop_probability: per example; such a source becomes the empty `<s> </s>`, which
             classifier-free guidance compares with.
+        length_loss_weight: of the length head's cross-entropy, which is added where the model has
+            one; examples whose source was dropped, or whose text does not end in the canvas, are
+            left out of it.
         density: of times, in place of the scheduler's; it learns from this batch where gradients
             are on.
     """
@@ -64,8 +69,9 @@ def tess_loss(
         if "source_ids" not in batch
         else {name: batch[name] for name in ("source_ids", "source_mask")}
     )
+    kept_B = torch.ones_like(target_ids_BL[:, 0], dtype=torch.bool)
     if source and source_drop_probability:
-        source = _drop_sources(source, source_drop_probability, core.config.backbone_config)
+        source, kept_B = _drop_sources(source, source_drop_probability, core.config.backbone_config)
     uniforms_B = sample_uniforms(len(target_ids_BL), stratified, target_ids_BL.device)
     sample_times = scheduler.training_timesteps if density is None else density.sample
     timesteps_B = sample_times(uniforms_B)
@@ -74,8 +80,9 @@ def tess_loss(
     inputs = {"sample": sample, "timesteps": timesteps_B, "target_mask": batch["target_mask"]}
     if not torch.equal(batch["noise_mask"], batch["target_mask"]):
         inputs |= {"clean_ids": target_ids_BL, "noise_mask": batch["noise_mask"]}
+    reading = core.read_source(**source) if source else None
     # No cache: the layout is joint and the source is read in every pass, or there is no source.
-    context = source | {"cache": core.encode_source(**source) if source else None}
+    context = source | {"cache": reading.cache if source else None}
 
     previous = None
     if (
@@ -93,20 +100,29 @@ def tess_loss(
     )
     if density is not None and torch.is_grad_enabled():
         density.update(timesteps_B, out.token_losses.sum(1) / weights_BL.sum(1))
-    return out.loss
+    if not source or core.length_head is None:
+        return out.loss
+    log_probs_BN = core.length_log_probs(reading.last_state, source["source_mask"].sum(dim=1))
+    lengths_B, ended_B = text_lengths(target_ids_BL, _eos(core.config.backbone_config))
+    return out.loss + length_loss_weight * length_loss(log_probs_BN, lengths_B, kept_B & ended_B)
+
+
+def _eos(config: HybridConfig) -> int | None:
+    return config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
 
 
 def _drop_sources(
     source: dict[str, Tensor], probability: float, config: HybridConfig
-) -> dict[str, Tensor]:
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The sources, some of them empty, and which were kept [B] bool."""
     ids_BS, mask_BS = source["source_ids"].clone(), source["source_mask"].clone()
-    eos = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
+    eos = _eos(config)
     empty = [token for token in (config.bos_token_id, eos) if token is not None]
     dropped_B = torch.rand(len(ids_BS), device=ids_BS.device) < probability
     mask_BS[dropped_B] = 0
     mask_BS[dropped_B, -len(empty) :] = 1
     ids_BS[dropped_B, -len(empty) :] = torch.tensor(empty, device=ids_BS.device)
-    return {"source_ids": ids_BS, "source_mask": mask_BS}
+    return {"source_ids": ids_BS, "source_mask": mask_BS}, ~dropped_B
 
 
 def ar_loss(

@@ -1,10 +1,8 @@
-"""Text in, text out: the TESS sampler as a diffusers pipeline."""
+"""Text in, text out: simplex diffusion as a diffusers pipeline."""
 
-# B examples, S source positions, L target positions, V vocabulary
+# B examples, N candidates of each, S source positions, L target positions, V vocabulary, H hidden
 
-import hashlib
 import math
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -16,12 +14,31 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from tess.backbones.causal_lm import HybridForCausalLM
+from tess.blocks import Blocks
 from tess.config import TessConfig
+from tess.control import FREE, TokenProcessor, fixed_canvas
 from tess.denoiser import TessDenoiser
 from tess.errors import UserError
-from tess.schedulers.renoising import RenoisingScheduler
+from tess.guidance import Guidance, Reward
+from tess.length import quantile_lengths
+from tess.ranking import Candidates, check_choice, choose_candidates
+from tess.sampling import Batch, Denoised, SamplingSettings, StepHook, TraceHook, denoise
+from tess.schedulers import family  # noqa: F401  diffusers loads components from imported modules
+from tess.schedulers.base import SimplexScheduler
+from tess.schedulers.stopping import StoppingRule, text_mask
 from tess.self_conditioning import Prediction
+from tess.sources import (
+    Context,
+    derived_keys,
+    draw_seed,
+    example_keys,
+    id_rows,
+    pad_left,
+    right_mask,
+)
 from tess.tokenization import check_tokenizer, cut_sources, decode, encode_sources
+from tess.trace import StepTrace
 
 DEFAULT_INFERENCE_STEPS = 16
 """Or the scheduler's training steps, where these are fewer."""
@@ -35,20 +52,31 @@ class TessPipelineOutput(BaseOutput):
 
     sequences: [B, L] token ids, on the CPU: the text, `</s>` if there was one, then padding.
     texts: B strings, cut at the first `</s>`; None with output_type="seq".
-    nfe: network evaluations spent on each example (two a step under guidance).
+    nfe: network evaluations spent on each example, all candidates together (two a step under
+        guidance).
+    lengths: each example's canvas, in tokens.
+    candidates: all of them, where there were several (`tess.ranking.Candidates`).
+    trace: with return_trace, one `StepTrace` per step, of all B N rows.
     """
 
     sequences: Tensor
     texts: list[str] | None
     nfe: list[int]
+    lengths: list[int]
+    candidates: Candidates | None = None
+    trace: list[StepTrace] | None = None
 
 
 class TessPipeline(DiffusionPipeline):
     """Generates text for a source by denoising a noised simplex (TESS, arXiv 2305.08379).
 
-    The source is encoded once; every step predicts all target tokens and re-noises them less. An
-    example's noise depends on the generator's seed, its source and how many equal sources stand
-    before it in the batch, so its text depends neither on the batch nor on the order.
+    The source is encoded once, for all steps and candidates; every step predicts all target tokens
+    and noises them less. An example's noise depends on the generator's seed, its source and how
+    many equal sources stand before it in the batch, so its text depends neither on the batch nor on
+    the order.
+
+    Any `SimplexScheduler` of the model's simplex serves:
+    `pipe.scheduler = SimplexDDIMScheduler.from_config(pipe.scheduler.config)`.
 
     Save with `save_pretrained`, load with `TessPipeline.from_pretrained`.
 
@@ -62,7 +90,7 @@ class TessPipeline(DiffusionPipeline):
     def __init__(
         self,
         denoiser: TessDenoiser,
-        scheduler: RenoisingScheduler,
+        scheduler: SimplexScheduler,
         tokenizer: PreTrainedTokenizerBase,
     ) -> None:
         super().__init__()
@@ -90,11 +118,24 @@ class TessPipeline(DiffusionPipeline):
         self,
         prompt: str | list[str] | None = None,
         input_ids: Tensor | Sequence[Sequence[int]] | None = None,
-        gen_length: int | None = None,
+        gen_length: int | Sequence[int] | None = None,
         num_inference_steps: int | None = None,
+        timesteps: Sequence[float] | None = None,
         top_p: float | None = None,
         temperature: float = 1.0,
         guidance_scale: float = 1.0,
+        guidance_form: Literal["logits", "probabilities"] = "logits",
+        reward: Reward | None = None,
+        reward_scale: float = 1.0,
+        reward_steps: int = 1,
+        stopping: StoppingRule | None = None,
+        confidence_threshold: float | None = None,
+        fixed_tokens: Tensor | None = None,
+        logits_processor: Sequence[TokenProcessor] = (),
+        num_candidates: int = 1,
+        choose_by: str = "confidence",
+        scorer: HybridForCausalLM | None = None,
+        block_length: int | None = None,
         generator: torch.Generator | None = None,
         keys: Tensor | None = None,
         callback_on_step_end: StepCallback
@@ -102,6 +143,9 @@ class TessPipeline(DiffusionPipeline):
         | MultiPipelineCallbacks
         | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("token_ids",),
+        return_trace: bool = False,
+        on_trace: TraceHook | None = None,
+        use_cache: bool = True,
         output_type: Literal["text", "seq"] = "text",
         return_dict: bool = True,
         strict: bool = False,
@@ -112,26 +156,43 @@ class TessPipeline(DiffusionPipeline):
             prompt: the source texts; or
             input_ids: sources as token ids, bos and eos included: rows of any length, or [B, S]
                 with padding at either end. `[[bos, eos]]` is the empty source.
-            gen_length: canvas length in tokens, `</s>` included. None: by the model's length rule,
-                for every example its own.
+            gen_length: canvas length in tokens, `</s>` included, one for all or one per example.
+                None: by the model's length head or rule, for every example its own.
             num_inference_steps: from 1 to the scheduler's num_train_timesteps; None: 16, or that
-                number where it is less.
+                number where it is less; or
+            timesteps: the times themselves, falling, in (0, 1].
             top_p: None for the arg-max; otherwise the mass of the nucleus to sample from.
             temperature: divides the logits; only with top_p.
-            guidance_scale: g >= 1; above 1, log p = u + g (c - u) with the source's prediction c
-                and the empty source's u (classifier-free guidance, arXiv 2207.12598). The head is
-                linear, so that is the prediction of the state u + g (c - u).
+            guidance_scale, guidance_form, reward, reward_scale, reward_steps: see
+                `tess.guidance.Guidance`.
+            stopping: when an example is done before the last step; None: never.
+            confidence_threshold: see `tess.sampling.SamplingSettings`.
+            fixed_tokens: [B, L] int64, tokens that are given as clean context, -1 where the model
+                writes: prefixes, infilling (`tess.control.template_tokens`). Without gen_length L
+                is the canvas.
+            logits_processor: transformers' logits processors, or functions like them; see
+                `tess.control.token_processors`.
+            num_candidates, choose_by, scorer: write N texts for every source and give the best by
+                "confidence", "mbr_bleu", "mbr_chrf" or "ar", the last with the causal model
+                `scorer`. The first candidate is the text that N = 1 gives.
+            block_length: write blocks of so many tokens one after the other, each with the source
+                and all blocks before it as its context, up to gen_length tokens in all: for texts
+                longer than the canvas the model was trained on (objective "block").
             generator: gives the seed; None takes torch's global generator.
             keys: [B] int64, the examples' own random keys (`example_keys`), in place of a seed: for
                 a batch that is part of a larger set.
-            callback_on_step_end: called as (pipeline, step, timestep, tensors) after each step. It
-                may return other "token_ids", with which the next step goes on, and other "logits",
-                which the next step's self-conditioning reads.
+            callback_on_step_end: called as (pipeline, step, timestep, tensors) in each step, with
+                the examples that are not done. It may return other "token_ids", with which the step
+                goes on, and other "logits", which the next step's self-conditioning reads.
             callback_on_step_end_tensor_inputs: which of "token_ids", "log_probs" and "entropies"
                 [B, L], "hidden_state" [B, L, H] and "logits" [B, L, V] the callback gets. The
                 first three belong to the distribution that tokens are chosen from, guided if there
-                is guidance, before temperature and top_p; the last two to the source's own
-                prediction. Asking for the logits costs their memory.
+                is guidance in the "logits" form, before processors, temperature and top_p; the last
+                two to the source's own prediction. Asking for the logits costs their memory.
+            return_trace: keep tokens, log-probabilities and entropies of every step.
+            on_trace: called as (step, number of steps, `StepTrace`) after each step, with the state
+                of all rows: for a live view.
+            use_cache: False reads the source in every step: the same text, slower.
             output_type: "text", or "seq" to leave out decoding.
             return_dict: False gives the tuple (sequences, texts, nfe).
             strict: a source that is too long is an error, not a warning and a cut.
@@ -142,81 +203,124 @@ class TessPipeline(DiffusionPipeline):
         """
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        self._check_arguments(guidance_scale, output_type, callback_on_step_end_tensor_inputs)
-        check_sampling(top_p, temperature)
-        sources = self._sources(prompt, input_ids, strict)
-        lengths = self.target_lengths(sources, gen_length)
-        if num_inference_steps is None:
-            num_inference_steps = self.default_num_inference_steps
-        device = self._execution_device
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
-
-        target_mask = _right_mask(lengths).to(device)
+        self._check_arguments(output_type, callback_on_step_end_tensor_inputs)
+        settings = SamplingSettings(
+            top_p=top_p, temperature=temperature, stopping=stopping,
+            confidence_threshold=confidence_threshold, logits_processor=logits_processor,
+            guidance=Guidance(
+                scale=guidance_scale, form=guidance_form, reward=reward,
+                reward_scale=reward_scale, reward_steps=reward_steps,
+            ),
+        )  # fmt: skip
+        if num_candidates < 1:
+            raise UserError(f"num_candidates must be at least 1, got {num_candidates}")
+        if num_candidates > 1:
+            check_choice(choose_by, scorer)
+        check_scheduler(self.scheduler, self.denoiser.config)  # it may have been replaced
+        self._set_timesteps(num_inference_steps, timesteps)
+        rows = self._sources(prompt, input_ids, strict)
         if keys is None:
-            keys = example_keys(sources, draw_seed(generator))
-        keys_B = keys.to(device)
-        context = self._context(sources, device)
-        empty = self._empty_context(len(sources), device) if guidance_scale > 1 else None
-
-        sample = self.scheduler.initial(tuple(target_mask.shape), keys_B)
-        previous = None
-        with self.progress_bar(total=num_inference_steps) as progress:
-            for index, timestep in enumerate(self.scheduler.timesteps):
-                inputs = {
-                    "sample": self.scheduler.scale_model_input(sample, timestep),
-                    "timesteps": timestep.expand(len(sources)),
-                    "previous": previous,
-                    "target_mask": target_mask,
-                }
-                hidden_BLH = self.denoiser(**inputs, **context).last_hidden_state
-                guided_BLH = None
-                if empty is not None:
-                    other_BLH = self.denoiser(**inputs, **empty).last_hidden_state
-                    guided_BLH = other_BLH + guidance_scale * (hidden_BLH - other_BLH)
-                # Self-conditioning is on the source's own prediction, as in TESS.
-                previous = self.denoiser.predict(
-                    hidden_BLH,
-                    top_p=top_p,
-                    temperature=temperature,
-                    uniforms=None if top_p is None else sample.uniforms(),
-                    choice_BLH=guided_BLH,
-                )
-                sample = self.scheduler.step(previous.token_ids, timestep, sample).prev_sample
-                if callback_on_step_end is not None:
-                    tensors = self._tensors(
-                        callback_on_step_end_tensor_inputs, previous, hidden_BLH
-                    )
-                    changed = callback_on_step_end(self, index, timestep, tensors) or {}
-                    previous = self._replaced(previous, changed)
-                    sample = replace(sample, token_ids=previous.token_ids)
-                progress.update()
-        self.maybe_free_model_hooks()
-
-        sequences = self._cut(previous.token_ids.cpu(), lengths)
-        texts = None
-        if output_type == "text":
-            texts = [decode(self.tokenizer, row) for row in sequences.tolist()]
-        evaluations = num_inference_steps * (1 if empty is None else 2)
-        nfe = [evaluations] * len(sources)
-        if not return_dict:
-            return sequences, texts, nfe
-        return TessPipelineOutput(sequences=sequences, texts=texts, nfe=nfe)
-
-    def _tensors(
-        self, names: Sequence[str], prediction: Prediction, hidden_BLH: Tensor
-    ) -> dict[str, Tensor]:
-        """What a callback asks for."""
-        made = {
-            "hidden_state": lambda: hidden_BLH,
-            "logits": lambda: self.denoiser.logits(hidden_BLH),
+            keys = example_keys(rows, draw_seed(generator))
+        keys = derived_keys(keys, num_candidates, "candidate")
+        hook = None
+        if callback_on_step_end is not None:
+            hook = self._hook(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        options = {
+            "settings": settings,
+            "hook": hook,
+            "keep_trace": return_trace,
+            "on_trace": on_trace,
         }
-        return {name: made[name]() if name in made else getattr(prediction, name) for name in names}
+
+        context, log_probs = self._read(rows, with_lengths=gen_length is None)
+        if block_length is None:
+            lengths = None
+            if gen_length is not None or fixed_tokens is None:
+                lengths = self.target_lengths(rows, gen_length, log_probs)
+            fixed, lengths = self._fixed(fixed_tokens, lengths, len(rows))
+            every = torch.arange(len(rows)).repeat_interleave(num_candidates)
+            context = context.select(every.to(context.source_ids.device))
+            if fixed is not None:
+                fixed = fixed[every]
+            lengths = [length for length in lengths for _ in range(num_candidates)]
+            if not use_cache:
+                context = context.without_cache()
+            written = self._denoise(context, lengths, keys, fixed_tokens=fixed, **options)
+        else:
+            blocks = Blocks.of(self, block_length, gen_length, fixed_tokens, return_trace)
+            written, lengths = blocks.write(context, rows, keys, num_candidates, use_cache, options)
+        self.maybe_free_model_hooks()
+        return self._output(
+            written, lengths, rows, num_candidates, choose_by, scorer, output_type, return_dict
+        )
+
+    def _denoise(
+        self,
+        context: Context,
+        lengths: Sequence[int],
+        keys: Tensor,
+        *,
+        settings: SamplingSettings,
+        hook: StepHook | None,
+        on_trace: TraceHook | None,
+        keep_trace: bool,
+        fixed_tokens: Tensor | None = None,
+    ) -> Denoised:
+        """One canvas for every row of the context."""
+        device = context.source_ids.device
+        target_mask = right_mask(lengths).to(device)
+        batch = Batch(
+            index=torch.arange(len(lengths)),
+            sample=self.scheduler.initial(tuple(target_mask.shape), keys.to(device)),
+            target_mask=target_mask,
+            context=context,
+            empty=self._empty(len(lengths), context) if settings.guidance.contrasts else None,
+            fixed_ids=None if fixed_tokens is None else fixed_tokens.to(device),
+            held_ids=None
+            if settings.confidence_threshold is None
+            else torch.full_like(target_mask, FREE),
+            left_ids=torch.full_like(target_mask, self.tokenizer.pad_token_id),
+        )
+        with self.progress_bar(total=len(self.scheduler.timesteps)) as progress:
+            return denoise(
+                self.denoiser,
+                self.scheduler,
+                batch,
+                settings,
+                eos_token_id=self.tokenizer.eos_token_id,
+                on_step=hook,
+                on_trace=on_trace,
+                after_step=progress.update,
+                keep_trace=keep_trace,
+            )
+
+    def _hook(self, callback: Any, names: Sequence[str]) -> StepHook:
+        """The user's callback as the loop calls it."""
+
+        def hook(
+            step: int, timestep: Tensor, prediction: Prediction, hidden_BLH: Tensor, batch: Batch
+        ) -> Prediction:
+            made = {
+                "hidden_state": lambda: hidden_BLH,
+                "logits": lambda: self.denoiser.logits(hidden_BLH),
+            }
+            tensors = {
+                name: made[name]() if name in made else getattr(prediction, name) for name in names
+            }
+            return self._replaced(prediction, callback(self, step, timestep, tensors) or {})
+
+        return hook
 
     def _replaced(self, prediction: Prediction, changed: dict[str, Tensor]) -> Prediction:
         """The prediction with what a callback returned; logits replace its soft part."""
         if unknown := sorted(set(changed) - {"token_ids", "logits"}):
             raise UserError(
                 f"callback_on_step_end may return token_ids and logits, got {', '.join(unknown)}"
+            )
+        if "token_ids" in changed and self.scheduler.reads != "tokens":
+            raise UserError(
+                f"callback_on_step_end returned token_ids, but {type(self.scheduler).__name__} "
+                "goes on with the whole prediction; only the re-noising scheduler takes tokens"
             )
         token_ids = changed.get("token_ids", prediction.token_ids)
         if "logits" not in changed:
@@ -227,13 +331,9 @@ class TessPipeline(DiffusionPipeline):
                 f"callback_on_step_end returned logits, which self_conditioning={kind!r} does not "
                 "read"
             )
-        return Prediction(token_ids=token_ids, logits=changed["logits"])
+        return replace(prediction, token_ids=token_ids, embedding=None, logits=changed["logits"])
 
-    def _check_arguments(
-        self, guidance_scale: float, output_type: str, tensor_inputs: Sequence[str]
-    ) -> None:
-        if not guidance_scale >= 1:
-            raise UserError(f"guidance_scale must be at least 1 (1 is off), got {guidance_scale}")
+    def _check_arguments(self, output_type: str, tensor_inputs: Sequence[str]) -> None:
         if output_type not in ("text", "seq"):
             raise UserError(f"output_type must be 'text' or 'seq', got {output_type!r}")
         if unknown := sorted(set(tensor_inputs) - set(self._callback_tensor_inputs)):
@@ -241,6 +341,16 @@ class TessPipeline(DiffusionPipeline):
                 f"callback_on_step_end_tensor_inputs may name "
                 f"{', '.join(self._callback_tensor_inputs)}, got {', '.join(unknown)}"
             )
+
+    def _set_timesteps(self, steps: int | None, timesteps: Sequence[float] | None) -> None:
+        device = self._execution_device
+        if timesteps is None:
+            steps = self.default_num_inference_steps if steps is None else steps
+            self.scheduler.set_timesteps(steps, device=device)
+        elif steps is None:
+            self.scheduler.set_timesteps(timesteps=timesteps, device=device)
+        else:
+            raise UserError("pass at most one of num_inference_steps and timesteps")
 
     def _sources(
         self,
@@ -259,71 +369,117 @@ class TessPipeline(DiffusionPipeline):
                 )
             rows = encode_sources(self.tokenizer, prompts, longest, strict)
         else:
-            rows = cut_sources(self._id_rows(input_ids), longest, strict)
+            rows = id_rows(input_ids, self.tokenizer, self.denoiser.config.vocab_size)
+            rows = cut_sources(rows, longest, strict)
         if not rows:
             raise UserError("expected at least one prompt, got none")
         return rows
 
-    def _id_rows(self, input_ids: Tensor | Sequence[Sequence[int]]) -> list[list[int]]:
-        if isinstance(input_ids, Tensor):
-            if input_ids.dim() != 2:
-                raise UserError(f"input_ids must be [batch, length], got {list(input_ids.shape)}")
-            padding = {self.tokenizer.pad_token_id} - {self.tokenizer.eos_token_id}
-            rows = [_strip(row, padding) for row in input_ids.tolist()]
-        else:
-            rows = [list(row) for row in input_ids]
-        size = self.denoiser.config.vocab_size
-        for index, row in enumerate(rows):
-            if not row:
-                raise UserError(f"row {index} of input_ids is empty")
-            if min(row) < 0 or max(row) >= size:
-                strange = max(row) if max(row) >= size else min(row)
-                raise UserError(f"token id {strange} is outside the vocabulary of {size}")
-        return rows
+    def _read(
+        self, rows: Sequence[Sequence[int]], with_lengths: bool = False
+    ) -> tuple[Context, Tensor | None]:
+        """The sources' encoding and, with a length head, log-probabilities of target lengths."""
+        context = pad_left(rows, self.tokenizer.pad_token_id, self._execution_device)
+        reading = self.denoiser.read_source(context.source_ids, context.source_mask)
+        log_probs = None
+        if with_lengths and self.denoiser.config.length_head:
+            lengths_B = context.source_mask.sum(dim=1)
+            log_probs = self.denoiser.length_log_probs(reading.last_state, lengths_B)
+        return replace(context, cache=reading.cache), log_probs
 
-    def target_lengths(self, sources: list[list[int]], gen_length: int | None) -> list[int]:
-        """Each example's canvas in tokens: `gen_length`, or by the model's length rule."""
-        config = self.denoiser.config
-        if gen_length is None:
-            if config.target_length_ratio is None:
-                return [config.max_target_length] * len(sources)
-            ratio, margin = config.target_length_ratio, config.target_length_margin
-            wanted = [math.ceil(ratio * len(row)) + margin for row in sources]
-            return [max(1, min(length, config.max_target_length)) for length in wanted]
-        if gen_length <= 0:
-            raise UserError(f"gen_length must be above 0, got {gen_length}")
-        if 0 < config.num_target_positions < gen_length:
-            raise UserError(
-                f"gen_length must be at most {config.num_target_positions}, the model's learned "
-                f"target positions, got {gen_length}"
-            )
-        return [gen_length] * len(sources)
-
-    def _context(self, sources: list[list[int]], device: torch.device) -> dict[str, Any]:
-        """The source as the denoiser's forward takes it: ids, and their cache if there is one."""
-        source_mask = _right_mask([len(row) for row in sources]).flip(1)
-        source_ids = torch.full_like(source_mask, self.tokenizer.pad_token_id)
-        source_ids[source_mask.bool()] = torch.tensor([token for row in sources for token in row])
-        source_ids, source_mask = source_ids.to(device), source_mask.to(device)
-        cache = self.denoiser.encode_source(source_ids, source_mask)
-        return {"source_ids": source_ids, "source_mask": source_mask, "cache": cache}
-
-    def _empty_context(self, batch: int, device: torch.device) -> dict[str, Any]:
+    def _empty(self, batch: int, like: Context) -> Context:
+        """The empty source for every row, encoded once where the sources are."""
         ids = [self.tokenizer.bos_token_id, self.tokenizer.eos_token_id]
-        context = self._context([[token for token in ids if token is not None]], device)
-        cache = context.pop("cache")
-        repeated = {name: tensor.repeat(batch, 1) for name, tensor in context.items()}
-        return repeated | {"cache": None if cache is None else cache.repeat(batch)}
+        row = [token for token in ids if token is not None]
+        if like.cache is None:
+            context = pad_left([row], self.tokenizer.pad_token_id, like.source_ids.device)
+        else:
+            context, _ = self._read([row])
+        return context.select(torch.zeros(batch, dtype=torch.long, device=like.source_ids.device))
 
-    def _cut(self, token_ids: Tensor, lengths: list[int]) -> Tensor:
-        """Padding after the first `</s>` and outside the canvas."""
-        is_end = token_ids == self.tokenizer.eos_token_id
-        after_end = is_end.cumsum(dim=1) - is_end.long() > 0
-        outside = _right_mask(lengths) == 0
-        return token_ids.masked_fill(after_end | outside, self.tokenizer.pad_token_id)
+    def target_lengths(
+        self,
+        sources: Sequence[Sequence[int]],
+        gen_length: int | Sequence[int] | None,
+        log_probs: Tensor | None = None,
+    ) -> list[int]:
+        """Each example's canvas in tokens: `gen_length`, else by length head, else by the rule.
+
+        log_probs: [B, N] of the lengths 1 .. N, where the model has a length head.
+        """
+        config = self.denoiser.config
+        if gen_length is not None:
+            return self._given_lengths(gen_length, len(sources))
+        margin, longest = config.target_length_margin, config.max_target_length
+        if log_probs is not None:
+            wanted = quantile_lengths(log_probs, config.target_length_quantile).tolist()
+            return [max(1, min(length + margin, longest)) for length in wanted]
+        if config.target_length_ratio is None:
+            return [longest] * len(sources)
+        wanted = [math.ceil(config.target_length_ratio * len(row)) + margin for row in sources]
+        return [max(1, min(length, longest)) for length in wanted]
+
+    def _given_lengths(self, gen_length: int | Sequence[int], batch: int) -> list[int]:
+        lengths = [gen_length] * batch if isinstance(gen_length, int) else list(gen_length)
+        if len(lengths) != batch:
+            raise UserError(f"gen_length must be one number or {batch}, got {len(lengths)}")
+        if min(lengths) <= 0:
+            raise UserError(f"gen_length must be above 0, got {min(lengths)}")
+        positions = self.denoiser.config.num_target_positions
+        if 0 < positions < max(lengths):
+            raise UserError(
+                f"gen_length must be at most {positions}, the model's learned target positions, "
+                f"got {max(lengths)}"
+            )
+        return lengths
+
+    def _fixed(
+        self, fixed_tokens: Tensor | None, lengths: list[int] | None, batch: int
+    ) -> tuple[Tensor | None, list[int]]:
+        if fixed_tokens is None:
+            return None, lengths
+        size = self.denoiser.config.vocab_size
+        fixed, lengths = fixed_canvas(fixed_tokens, lengths, batch, size)
+        return fixed, self._given_lengths(lengths, batch)
+
+    def _output(
+        self,
+        written: Denoised,
+        lengths: list[int],
+        rows: list[list[int]],
+        num_candidates: int,
+        choose_by: str,
+        scorer: HybridForCausalLM | None,
+        output_type: str,
+        return_dict: bool,
+    ) -> TessPipelineOutput | tuple[Tensor, list[str] | None, list[int]]:
+        inside = text_mask(written.token_ids, right_mask(lengths), self.tokenizer.eos_token_id)
+        sequences = written.token_ids.masked_fill(~inside, self.tokenizer.pad_token_id)
+        candidates, nfe = None, written.nfe
+        if num_candidates > 1:
+            candidates = choose_candidates(
+                sequences, inside, written.log_probs, nfe, rows, num_candidates,
+                choose_by=choose_by, scorer=scorer, tokenizer=self.tokenizer,
+            )  # fmt: skip
+            sequences = sequences[candidates.chosen_rows()]
+            nfe = [sum(each) for each in candidates.nfe]
+            lengths = lengths[::num_candidates]
+        texts = None
+        if output_type == "text":
+            texts = [decode(self.tokenizer, row) for row in sequences.tolist()]
+        if not return_dict:
+            return sequences, texts, nfe
+        return TessPipelineOutput(
+            sequences=sequences,
+            texts=texts,
+            nfe=nfe,
+            lengths=lengths,
+            candidates=candidates,
+            trace=written.trace,
+        )
 
 
-def check_scheduler(scheduler: RenoisingScheduler, config: TessConfig) -> None:
+def check_scheduler(scheduler: SimplexScheduler, config: TessConfig) -> None:
     """Refuse a scheduler that a denoiser of this config cannot work with.
 
     Raises:
@@ -339,46 +495,3 @@ def check_scheduler(scheduler: RenoisingScheduler, config: TessConfig) -> None:
             f"{config.self_conditioning_mix} needs the whole simplex: make the scheduler with "
             f'noise="dense" (--noise dense), it has {scheduler.config.noise!r}'
         )
-
-
-def example_keys(sources: list[list[int]], seed: int) -> Tensor:
-    """Random keys [B] int64: a hash of the seed, the source and its number among equal sources."""
-    seen: Counter[tuple[int, ...]] = Counter()
-    keys = []
-    for row in map(tuple, sources):
-        text = f"{seed}:{seen[row]}:{','.join(map(str, row))}"
-        seen[row] += 1
-        digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-        keys.append(int.from_bytes(digest, "little", signed=True))
-    return torch.tensor(keys, dtype=torch.long)
-
-
-def check_sampling(top_p: float | None, temperature: float) -> None:
-    """Refuse a nucleus or a temperature that cannot be meant.
-
-    Raises:
-        UserError: out of range, or a temperature where nothing is sampled.
-    """
-    if top_p is not None and not 0 < top_p <= 1:
-        raise UserError(f"top_p must be above 0 and at most 1, got {top_p}")
-    if not temperature > 0:
-        raise UserError(f"temperature must be above 0, got {temperature}")
-    if top_p is None and temperature != 1:
-        raise UserError(f"temperature {temperature} does nothing without top_p; give top_p too")
-
-
-def draw_seed(generator: torch.Generator | None) -> int:
-    """A seed for `example_keys`; None takes torch's global generator."""
-    device = None if generator is None else generator.device
-    return int(torch.randint(2**63 - 1, (), generator=generator, device=device))
-
-
-def _right_mask(lengths: list[int]) -> Tensor:
-    """[B, max] int64, 1 at the first lengths[b] positions of row b."""
-    positions = torch.arange(max(lengths))
-    return (positions < torch.tensor(lengths)[:, None]).long()
-
-
-def _strip(row: list[int], padding: set[int]) -> list[int]:
-    kept = [index for index, token in enumerate(row) if token not in padding]
-    return row[kept[0] : kept[-1] + 1] if kept else []

@@ -22,7 +22,7 @@ class PrintSamples(TrainerCallback):
         self.num_inference_steps = settings.run.num_inference_steps
         self.tokenizer = collator.tokenizer
         with_source = {
-            "seq2seq": "seq2seq",
+            "block": "seq2seq",
             "ul2": "prefix_lm",
             "ul2_with_unconditional": "prefix_lm",
         }

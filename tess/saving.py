@@ -27,7 +27,8 @@ from tess.config import TessConfig
 from tess.denoiser import TessDenoiser
 from tess.errors import UserError
 from tess.pipeline import TessPipeline
-from tess.schedulers.renoising import RenoisingScheduler
+from tess.schedulers.base import SimplexScheduler
+from tess.schedulers.family import SAMPLERS
 from tess.tokenization import check_tokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ Model = TessDenoiser | HybridForCausalLM
 CAUSAL_TYPES = (HybridConfig.model_type, MODEL_TYPE)
 """`model_type` of the folders that hold a causal model: saved here, or released."""
 
-SCHEDULERS = {"RenoisingScheduler": RenoisingScheduler}
+SCHEDULERS = {kind.__name__: kind for kind in SAMPLERS.values()}
 """What a `tess` folder may name as its scheduler."""
 
 
@@ -47,7 +48,7 @@ class Parts:
 
     model: Model
     tokenizer: PreTrainedTokenizerBase
-    scheduler: RenoisingScheduler | None = None
+    scheduler: SimplexScheduler | None = None
 
 
 @contextmanager
@@ -208,7 +209,7 @@ def read_config(folder: Path, kind: type[TessConfig] | type[HybridConfig]) -> An
         raise UserError(f"{path} cannot be used: {' '.join(str(error).split())}") from error
 
 
-def _scheduler_class(folder: Path) -> type[RenoisingScheduler]:
+def _scheduler_class(folder: Path) -> type[SimplexScheduler]:
     index, own = folder / "model_index.json", folder / "scheduler" / "scheduler_config.json"
     entry = _read_mapping(index).get("scheduler")
     named = {index: entry[-1] if isinstance(entry, list) and entry else entry}

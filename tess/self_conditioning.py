@@ -12,14 +12,14 @@ simplex (`TessConfig.needs_whole_simplex`).
 
 # B examples, L positions, V vocabulary, H hidden
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from tess.config import CONCATENATING, TessConfig
 from tess.kernels.order_statistics import EmbeddingMoments
-from tess.schedulers.simplex import Simplex
+from tess.schedulers.simplex import Simplex, SoftTokens
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Prediction:
     entropies: [B, L] float32, of the same distributions, in nats.
     embedding: [B, L, H], softmax(logits) W.
     logits: [B, L, V], where the whole simplex is needed.
+    soft: the likeliest tokens, for schedulers that read them.
     """
 
     token_ids: Tensor
@@ -39,6 +40,16 @@ class Prediction:
     entropies: Tensor | None = None
     embedding: Tensor | None = None
     logits: Tensor | None = None
+    soft: SoftTokens | None = None
+
+    def select(self, rows: Tensor) -> "Prediction":
+        """The predictions of the examples `rows`, in that order."""
+        changed = {
+            name: value[rows] for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        if self.soft is not None:
+            changed["soft"] = SoftTokens(*(part[rows] for part in self.soft))
+        return replace(self, **changed)
 
     @staticmethod
     def from_logits(logits: Tensor) -> "Prediction":

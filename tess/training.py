@@ -15,7 +15,7 @@ from tess.arguments import Settings
 from tess.backbones.pretrained import stays_float32
 from tess.collators import Canvas, Collator, objective_names
 from tess.errors import UserError
-from tess.initialization import build_parts, store_limits
+from tess.initialization import build_parts, fitted_length_rule, store_limits
 from tess.objectives import ar_loss, tess_loss
 from tess.sample_printer import PrintSamples
 from tess.saving import Parts, kind_of, load_parts, replaced_folder, save_parts
@@ -100,7 +100,7 @@ def make_trainer(
     # Our batches are no arguments of the model's forward.
     args.remove_unused_columns = False
     args.label_names = []
-    collator = make_collator(settings, parts)
+    collator = make_collator(settings, parts, rows)
     if settings.causal.freeze_backbone:
         for name, parameter in parts.model.named_parameters():
             parameter.requires_grad_(name.startswith("mtp."))
@@ -129,16 +129,23 @@ def make_trainer(
     return trainer
 
 
-def make_collator(settings: Settings, parts: Parts) -> Collator:
-    """The collator of a run; autoregressive targets have no canvas beyond `</s>`."""
+def make_collator(settings: Settings, parts: Parts, rows: TokenRows | None = None) -> Collator:
+    """The collator of a run; autoregressive targets have no canvas beyond `</s>`.
+
+    rows: the training rows, by which the canvases of a model with a length head are ruled: its
+        config's margin is the head's.
+    """
     data, diffusion, config = settings.data, settings.diffusion, parts.model.config
     canvas = Canvas()
     if parts.scheduler is not None:
+        ratio, margin = config.target_length_ratio, config.target_length_margin
+        if config.length_head and ratio is not None and rows is not None:
+            ratio, margin = fitted_length_rule(settings, parts, rows)
         canvas = Canvas(
             pad_loss_weight=config.pad_loss_weight,
             extent=diffusion.canvas,
-            length_ratio=config.target_length_ratio,
-            length_margin=config.target_length_margin,
+            length_ratio=ratio,
+            length_margin=margin,
         )
     return Collator(
         parts.tokenizer,
@@ -179,6 +186,7 @@ def make_loss(
             self_conditioning_probability=diffusion.self_conditioning_probability,
             stratified=diffusion.stratified_timesteps,
             source_drop_probability=diffusion.source_drop_probability if model.training else 0.0,
+            length_loss_weight=diffusion.length_loss_weight,
             density=density if model.training else None,
         )
 

@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 
 from tess.arguments import DataArguments
-from tess.collators import objective_names
+from tess.collators import NEED_SOURCE, objective_names
 from tess.detokenize import detokenize
 from tess.errors import UserError
 from tess.loading import load_rows, load_texts
@@ -32,11 +32,12 @@ def load_data(data: DataArguments, want_eval: bool) -> tuple[Texts, Texts]:
         raise UserError(
             "evaluation during training needs --validation_file (or a task with a validation split)"
         )
-    if "seq2seq" in objective_names(data.conditional_generation):
+    names = objective_names(data.conditional_generation)
+    if needing := [name for name in names if name in NEED_SOURCE]:
         for name, texts in (("training", train_texts), ("evaluation", eval_texts)):
             if any(source is None for source, _ in texts):
                 raise UserError(
-                    f"seq2seq needs {name} rows with a source and a target, got raw text"
+                    f"{needing[0]} needs {name} rows with a source and a target, got raw text"
                 )
     eval_texts = eval_texts[: data.max_eval_samples]
     return _without_eval_sources(train_texts, eval_texts)[: data.max_train_samples], eval_texts
@@ -88,8 +89,7 @@ def without_long(rows: TokenRows, data: DataArguments) -> TokenRows:
         [
             index
             for index, (source, target) in enumerate(zip(rows.sources, rows.targets, strict=True))
-            if len(target) + 1 <= data.max_target_length
-            and len(source or ()) + 2 <= data.max_source_length
+            if not _is_cut(len(source or ()), len(target), data)
         ]
     )
     if len(kept) < len(rows):
@@ -105,10 +105,19 @@ def without_long(rows: TokenRows, data: DataArguments) -> TokenRows:
 
 def warn_of_cuts(rows: TokenRows, data: DataArguments) -> None:
     cut = sum(
-        len(target) + 1 > data.max_target_length or len(source or ()) + 2 > data.max_source_length
+        _is_cut(len(source or ()), len(target), data)
         for source, target in zip(rows.sources, rows.targets, strict=True)
     )
     if cut:
         logger.warning(
             "%d of %d training rows are longer than the maximum lengths and are cut", cut, len(rows)
         )
+
+
+def _is_cut(source: int, target: int, data: DataArguments) -> bool:
+    """Whether a row of so many tokens is beyond the maximum lengths."""
+    if set(objective_names(data.conditional_generation)) == {"block"}:
+        # No target is too long, but all before its last block goes into the source.
+        source += target // data.max_target_length * data.max_target_length
+        target = 0
+    return target + 1 > data.max_target_length or source + 2 > data.max_source_length

@@ -119,3 +119,56 @@ def test_a_wrong_request_is_one_sentence(tmp_path):
         script("decoding", "--checkpoint", SCRIPT.parents[1] / "checkpoints" / "default" / "tess")
     with pytest.raises(UserError, match="there is no folder"):
         script("loading", "--json", tmp_path / "no" / "x.json")
+
+
+def test_cache_times_a_step_with_and_without_it(measured):
+    figures, table = measured(
+        "cache", "--source", 32, 64, "--target", 16, "--batch", 2, "--steps", 4, "--repeats", 1
+    )
+    shapes = [(row["model"], row["source"], row["target"]) for row in figures["rows"]]
+    assert shapes == [(name, n, 16) for name in ("hidden 256", "checkpoint") for n in (32, 64)]
+    for row in figures["rows"]:
+        assert min(row[f"{name}_ms"] for name in ("cached", "encoded", "joint", "encoding")) > 0
+        assert row["equal_tokens"] == 1 and row["cache_bytes"] > 0
+    assert "| 4 steps, ratio |" in table and "goal" not in table
+
+
+def test_sampling_writes_figures_tables_and_a_plot(measured, tmp_path):
+    markdown, plot = tmp_path / "sampling.md", tmp_path / "sampling.svg"
+    figures, table = measured(
+        "sampling", "--limit", 2, "--steps", 1, 3, "--seeds", 0, "--schedulers", "renoising",
+        "ddim", "--spacings", "uniform", "--markdown", markdown, "--plot", plot,
+    )  # fmt: skip
+    assert [(row["scheduler"], row["steps"]) for row in figures["rows"]] == [
+        ("renoising", 1), ("renoising", 3), ("ddim", 1), ("ddim", 3)
+    ]  # fmt: skip
+    assert figures["setting"]["checkpoint"] == "checkpoints/default"
+    assert table.strip() in markdown.read_text() and "<svg" in plot.read_text()
+
+
+def test_lengths_and_agreement_measure_what_their_tables_say(measured):
+    figures, table = measured("lengths", "--limit", 2, "--steps", 1, "--seeds", 0)
+    assert [row["canvas"] for row in figures["rows"]][-3:] == ["rule", "fixed", "gold"]
+    assert "gold (diagnostic)" in table
+    figures, table = measured(
+        "agreement", "--limit", 2, "--steps", 2, "--schedulers", "renoising", "--batch_size", 2
+    )
+    exact = [row for row in figures["rows"] if row["dtype"] == "float32"]
+    assert len(exact) == 3 and all(row["equal_texts"] == row["texts"] == 2 for row in exact)
+    assert "| renoising | bfloat16 | alone |" in table
+
+
+def test_carried_is_told_from_dense_where_its_predictions_are_short(measured):
+    figures, table = measured(
+        "carried", "--vocab_size", 300, "--width", 6, "--n", 600, "--num_soft_tokens", 2
+    )
+    assert {row["sampler"] for row in figures["rows"]} == {"dense", "M=2"} and "M=2" in table
+
+
+def test_drafting_writes_the_texts_of_ar(measured):
+    figures, _ = measured(
+        "drafting", "--rows", 1, "--batch_size", 1, "--num_inference_steps", 2,
+        "--redraft_steps", 1, "--redraft_every", 1,
+    )  # fmt: skip
+    assert figures["sources"] == 1 and len(figures["rows"]) >= 3
+    assert all(row["equal_texts"] == row["rows"] == 1 for row in figures["rows"])

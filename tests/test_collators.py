@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from tess.collators import OBJECTIVES, Canvas, Collator, span_mask
+from tess.collators import NEED_SOURCE, OBJECTIVES, Canvas, Collator, span_mask
 from tess.errors import UserError
 from tess.tokenization import train_tokenizer
 from tess.training_data import BucketSampler, TokenRows, length_rule
@@ -55,8 +55,8 @@ def test_seq2seq_layout(tokenizer):
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("source", [True, False])
 def test_every_objective_keeps_the_contract(tokenizer, objective, source):
-    if objective == "seq2seq" and not source:
-        with pytest.raises(UserError, match="seq2seq needs rows with a source"):
+    if objective in NEED_SOURCE and not source:
+        with pytest.raises(UserError, match=f"{objective} needs rows with a source"):
             make(tokenizer, objective)(rows(source=False))
         return
     collate = make(tokenizer, objective)
@@ -108,6 +108,69 @@ def test_text_infilling_hides_spans_of_the_source_and_asks_for_all(tokenizer):
         assert all((a, b) != (MASK, MASK) for a, b in zip(source, source[1:], strict=False))
         hidden.append(30 - len(kept))
     assert min(hidden) <= 2 and max(hidden) >= 12
+
+
+def block_examples(tokenizer, row, seeds=range(60), **settings):
+    """(source, target) without padding of one row, under many seeds."""
+    batch = make(tokenizer, "block", **settings)([row | {"seed": seed} for seed in seeds])
+    return [
+        tuple(
+            batch[f"{side}_ids"][i][batch[f"{side}_mask"][i].bool()].tolist()
+            for side in ("source", "target")
+        )
+        for i in range(len(seeds))
+    ]
+
+
+@pytest.mark.parametrize("length", [1, 11, 12, 23, 24, 30])
+def test_blocks_after_their_contexts_are_the_text(tokenizer, length):
+    row = {"source": [100, 101, 102], "target": list(range(50, 50 + length))}
+    text = [*row["target"], EOS]
+    blocks = {}
+    for source, target in block_examples(tokenizer, row, max_source_length=40):
+        assert source[:5] == [BOS, 100, 101, 102, EOS]
+        before = source[5:]
+        assert before + target == text[: len(before) + len(target)]
+        assert len(target) == 12 or target[-1] == EOS
+        blocks[len(before)] = target
+    assert sorted(blocks) == list(range(0, length + 1, 12))
+    assert sum((blocks[start] for start in sorted(blocks)), []) == text
+
+
+def test_every_block_of_a_text_is_drawn_as_often_as_the_others(tokenizer):
+    row = {"source": [100], "target": list(range(50, 80))}
+    got = block_examples(tokenizer, row, range(600), max_source_length=40)
+    counts = [sum(target[0] == first for _, target in got) for first in (50, 62, 74)]
+    assert sum(counts) == 600 and min(counts) > 160
+
+
+def test_blocks_of_short_targets_are_seq2seq(tokenizer):
+    batches = [make(tokenizer, name)(rows()) for name in ("block", "seq2seq")]
+    assert all(torch.equal(batches[0][name], batches[1][name]) for name in batches[1])
+
+
+def test_a_short_source_limit_cuts_the_oldest_of_the_blocks_before(tokenizer):
+    row = {"source": [100, 101, 102], "target": list(range(50, 80))}
+    sources = {target[0]: source for source, target in block_examples(tokenizer, row)}
+    start = [BOS, 100, 101, 102, EOS]  # 15 of 20 tokens are left
+    assert sources == {
+        50: start,
+        62: [*start, *range(50, 62)],
+        74: [*start, *range(59, 74)],
+    }
+
+
+def test_a_source_that_leaves_no_room_has_its_first_block_alone(tokenizer):
+    row = {"source": list(range(100, 130)), "target": list(range(50, 80))}
+    for source, target in block_examples(tokenizer, row):
+        assert (source, target) == ([BOS, *range(100, 118), EOS], list(range(50, 62)))
+
+
+def test_weighted_padding_fills_a_block_as_generation_does(tokenizer):
+    canvas = Canvas(pad_loss_weight=0.5, extent="rule", length_ratio=1.0)
+    batch = make(tokenizer, "block", canvas=canvas)(rows(2))
+    assert batch["target_mask"].sum(dim=1).tolist() == [12, 12]
+    assert batch["loss_weights"][0].tolist() == [1] * 6 + [0.5] * 6
 
 
 def test_long_texts_are_seen_through_windows(tokenizer):
@@ -162,7 +225,7 @@ def test_rule_makes_the_canvas_as_long_as_generation_does(tokenizer):
 
 
 def test_bad_settings_are_refused(tokenizer):
-    with pytest.raises(UserError, match="the known ones are seq2seq, prefix_lm"):
+    with pytest.raises(UserError, match="the known ones are seq2seq, block, prefix_lm"):
         make(tokenizer, "mlm")
     with pytest.raises(UserError, match="pad_loss_weight"):
         Canvas(pad_loss_weight=-1)

@@ -2,21 +2,27 @@
 
 import importlib.util
 import json
+import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
 from tess.cli import run
 from tess.errors import UserError
-from tess.evaluation import evaluate, markdown, prepare_output_dir, write_report
+from tess.evaluation import evaluate, prepare_output_dir, write_report
+from tess.evaluation_page import markdown, summary
 from tess.loading import Example
+from tess.schedulers.stopping import StoppingRule
+from tess.tokenization import train_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORT_KEYS = """checkpoint decoder num_parameters data rows seed batch_size num_inference_steps
-nfe_mean nfe_max new_tokens generation_seconds new_tokens_per_second milliseconds_per_token
-tokens_per_forward num_draft_tokens acceptance_length metrics versions machine""".split()
+scheduler timestep_spacing stopping length gen_length sampler num_candidates choose_by
+nfe_mean nfe_max nfe_first_mean new_tokens generation_seconds new_tokens_per_second
+milliseconds_per_token tokens_per_forward num_draft_tokens acceptance_length
+metrics versions machine""".split()
 DATA = {"file": "rows.jsonl", "task": None, "dataset": None, "split": None}
 EXAMPLES = [Example("a b c d e", ("a b", "b c")), Example("one two ü", ("one",))]
 
@@ -26,6 +32,7 @@ class Text:
     text: str
     num_new_tokens: int
     nfe: int
+    first: "Text | None" = None
 
 
 class FirstWords:
@@ -35,6 +42,15 @@ class FirstWords:
     num_parameters = 1234
     default_num_inference_steps = 16
     num_draft_tokens = None
+    tokenizer = train_tokenizer(["a"], 261)  # one token per byte
+    scheduler_name = "renoising"
+    sampler = {"guidance_scale": 2.0}
+    timestep_spacing = "recoverability"
+    stopping = None
+    num_candidates = 1
+    choose_by = None
+    length_source = "rule"
+    max_target_length = 6
 
     def __init__(self):
         self.calls = []
@@ -94,6 +110,7 @@ class Drafts(FirstWords):
     name = "ar+mtp"
     default_num_inference_steps = None
     num_draft_tokens = 4
+    scheduler_name = timestep_spacing = length_source = max_target_length = sampler = None
 
     def generate(self, sources, **options):
         return [Text("a b c", 3, 2), Text("one two", 6, 3)]
@@ -106,11 +123,121 @@ def test_acceptance_length_is_tokens_per_check_of_a_draft():
     assert "| tokens kept per evaluation of a draft | 2.33 |" in markdown(got.report)
 
 
+class BestOfThree(FirstWords):
+    """Chooses the first half of the words; the first of the three candidates was one word."""
+
+    num_candidates = 3
+    choose_by = "mbr_chrf"
+    stopping = StoppingRule(patience=1, max_entropy=0.25)
+
+    def generate(self, sources, **options):
+        written = super().generate(sources, **options)
+        firsts = [Text(source.split()[0], 1, nfe=2 + i) for i, source in enumerate(sources)]
+        return [replace(text, first=first) for text, first in zip(written, firsts, strict=True)]
+
+
+def test_the_first_candidate_stands_beside_the_chosen_one(tmp_path):
+    got = evaluate(BestOfThree(), EXAMPLES, checkpoint="c", data=DATA)
+    report = got.report
+    alone = evaluate(FirstWords(), EXAMPLES, checkpoint="c", data=DATA).report
+    assert list(report) == REPORT_KEYS
+    assert list(report["metrics"]) == ["system", "first_candidate", "copy_source"]
+    assert report["metrics"]["system"] == alone["metrics"]["system"]
+    first = report["metrics"]["first_candidate"]
+    assert first.keys() == report["metrics"]["system"].keys()
+    # rouge1: "a" against "a b", the better of the two references, and "one" against "one"
+    assert first["rouge1"] == pytest.approx(100 * (2 / 3 + 1) / 2)
+    assert (report["nfe_mean"], report["nfe_first_mean"]) == (15.0, 2.5)
+    assert (report["num_candidates"], report["choose_by"]) == (3, "mbr_chrf")
+    assert [row["first_prediction"] for row in got.predictions] == ["a", "one"]
+    assert [row["prediction"] for row in got.predictions] == ["a b", "one"]
+
+    page = markdown(report)
+    assert (
+        "| metric | system | first candidate | copy of the source |\n|---|---:|---:|---:|" in page
+    )
+    assert "| rouge1 | 100.000 | 83.333 | " in page
+    assert "| network evaluations of the first candidate, mean | 2.50 |" in page
+    assert "| candidates | 3, chosen by mbr_chrf |" in page
+    assert "NFE mean 15.00, max 20 for 3 candidates by mbr_chrf (the first: mean 2.50)" in (
+        summary(report)
+    )
+    (line,) = [line for line in summary(report).splitlines() if line.startswith("rouge1")]
+    assert line.split()[1:3] == ["100.000", "83.333"]
+    assert summary(report).splitlines()[1].split() == ["system", "first", "copy"]
+
+
+def test_one_candidate_is_its_own_first():
+    got = evaluate(FirstWords(), EXAMPLES, checkpoint="c", data=DATA)
+    assert got.report["nfe_first_mean"] == got.report["nfe_mean"]
+    assert list(got.report["metrics"]) == ["system", "copy_source"]
+    assert not any("first_prediction" in row for row in got.predictions)
+    assert "candidate" not in markdown(got.report) + summary(got.report)
+
+
+def test_a_decoder_that_forgets_its_first_candidates_is_not_reported():
+    decoder = FirstWords()
+    decoder.num_candidates = 2
+    with pytest.raises(AssertionError, match="several candidates have a first"):
+        evaluate(decoder, EXAMPLES, checkpoint="c", data=DATA)
+
+
+def test_the_sampler_is_in_the_report():
+    report = evaluate(BestOfThree(), EXAMPLES, checkpoint="c", data=DATA).report
+    assert report["scheduler"] == "renoising" and report["timestep_spacing"] == "recoverability"
+    assert report["stopping"] == {"patience": 1, "max_entropy": 0.25}
+    page = markdown(report)
+    assert "| scheduler | renoising |" in page and "| timestep_spacing | recoverability |" in page
+    assert "| stopping | patience 1, max_entropy 0.25 |" in page and "| length | rule |" in page
+
+    decoder = FirstWords()
+    report = evaluate(decoder, EXAMPLES, checkpoint="c", data=DATA).report
+    assert report["stopping"] is None and "| stopping | none |" in markdown(report)
+    decoder.stopping = StoppingRule(max_entropy=math.inf)
+    report = evaluate(decoder, EXAMPLES, checkpoint="c", data=DATA).report
+    json.dumps(report, allow_nan=False)
+    assert report["stopping"] == {"patience": 2, "max_entropy": None}
+
+    report = evaluate(Drafts(), EXAMPLES, checkpoint="c", data=DATA).report
+    assert report["scheduler"] is report["stopping"] is report["length"] is None
+    page = markdown(report)
+    assert not any(f"| {name} |" in page for name in ("scheduler", "stopping", "length"))
+
+
+def test_where_the_length_comes_from_is_in_the_report_and_the_reference_is_a_diagnostic():
+    def run(**length):
+        decoder = FirstWords()
+        report = evaluate(decoder, EXAMPLES, checkpoint="c", data=DATA, **length).report
+        shown = markdown(report), summary(report)
+        return decoder.calls[0][1]["gen_length"], report, shown
+
+    label = "Diagnostic: uses the reference's length."
+    given, report, shown = run()
+    assert given is None and (report["length"], report["gen_length"]) == ("rule", None)
+    assert not any(label in text for text in shown)
+    given, report, shown = run(gen_length=9)
+    assert given == 9 and (report["length"], report["gen_length"]) == ("fixed", 9)
+    assert "| length | fixed (9) |" in shown[0] and label not in shown[0] + shown[1]
+    given, report, shown = run(gold_length=True)
+    assert given == [4, 4]  # "a b" and "one", the first references, with </s>
+    assert (report["length"], report["gen_length"]) == ("gold", None)
+    assert shown[0].splitlines()[2] == f"**{label}**" and shown[1].splitlines()[1] == label
+
+
+def test_gold_lengths_are_cut_as_in_training():
+    decoder = FirstWords()
+    rows = [Example("a", ("123456789",)), Example("a", ("12", "1234"))]
+    evaluate(decoder, rows, checkpoint="c", data=DATA, gold_length=True)
+    assert decoder.calls[0][1]["gen_length"] == [6, 3]
+
+
 def test_every_key_of_the_report_is_in_the_documentation():
     text = (ROOT / "docs/evaluation.md").read_text(encoding="utf-8")
-    report = evaluate(FirstWords(), EXAMPLES, checkpoint="c", data=DATA).report
+    got = evaluate(BestOfThree(), EXAMPLES, checkpoint="c", data=DATA)
+    report = got.report
     names = [*report, *report["versions"], *report["machine"], *report["data"]]
-    names += [*report["metrics"]["system"]]
+    names += [*report["metrics"]["system"], *got.predictions[0], *report["stopping"]]
+    names += [f"metrics.{column}" for column in report["metrics"]]
     ranges = {f"{p}distinct{n}" for p in ("", "corpus_") for n in (2, 3)}  # "distinct1 … distinct4"
     names.remove("metrics")
     assert not [name for name in names if f"`{name}`" not in text and name not in ranges]
@@ -159,6 +286,8 @@ def test_wrong_numbers_and_folders_are_refused(tmp_path):
         evaluate(FirstWords(), EXAMPLES, checkpoint="c", data=DATA, batch_size=0)
     with pytest.raises(UserError, match="at least one example"):
         evaluate(FirstWords(), [], checkpoint="c", data=DATA)
+    with pytest.raises(UserError, match=r"exclude each other, got both \(5\)"):
+        evaluate(FirstWords(), EXAMPLES, checkpoint="c", data=DATA, gen_length=5, gold_length=True)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="output folder"):
         prepare_output_dir(tmp_path / "file")

@@ -118,9 +118,9 @@ def test_low_precision_products_are_measured_in_float32():
 def test_autocast_decides_the_dtype_of_the_sweep_s_products():
     hidden, weight = torch.randn(9, 32), torch.randn(900, 32)
     with torch.autocast("cpu", torch.bfloat16):
-        got = vocabulary_sweep(hidden, weight, expected_embedding_of=weight)
+        got = vocabulary_sweep(hidden, weight, expected_embedding_of=weight, num_likeliest=3)
     low = hidden.bfloat16(), weight.bfloat16()
-    want = vocabulary_sweep(*low, expected_embedding_of=low[1])
+    want = vocabulary_sweep(*low, expected_embedding_of=low[1], num_likeliest=3)
     assert got.embedding_TH.dtype == torch.bfloat16
     assert all(torch.equal(one, other) for one, other in zip(got, want))
 
@@ -133,7 +133,7 @@ def test_a_row_has_the_same_bits_in_every_batch(width):
     def sweep(rows, slab_rows):
         return vocabulary_sweep(
             hidden[rows], weight, choose="sample", temperature=0.8, top_p=0.9,
-            uniform_T=uniform[rows], expected_embedding_of=weight,
+            uniform_T=uniform[rows], expected_embedding_of=weight, num_likeliest=7,
             slab_bytes=slab_of(slab_rows, 1500),
         )  # fmt: skip
 
@@ -146,20 +146,26 @@ def test_a_row_has_the_same_bits_in_every_batch(width):
 
 def test_no_rows_give_no_outputs():
     weight = torch.randn(9, 4)
-    got = vocabulary_sweep(torch.empty(0, 4), weight, expected_embedding_of=weight[:, :3])
-    assert [tuple(column.shape) for column in got] == [(0,), (0,), (0,), (0,), (0, 3)]
-    assert got.tokens_T.dtype == torch.int64
+    options = {"expected_embedding_of": weight[:, :3], "num_likeliest": 12}
+    got = vocabulary_sweep(torch.empty(0, 4), weight, **options)
+    shapes = [(0,), (0,), (0,), (0,), (0, 3), (0, 9), (0, 9)]
+    assert [tuple(column.shape) for column in got] == shapes
+    assert got.tokens_T.dtype == got.likeliest_ids_TM.dtype == torch.int64
+    assert vocabulary_sweep(torch.empty(0, 4), weight).likeliest_ids_TM is None
 
 
 def test_slices_serve_and_nothing_is_recorded_for_a_gradient():
     hidden = torch.randn(6, 16, requires_grad=True)[:, ::2]
     weight = torch.randn(8, 300, requires_grad=True).T
-    got = vocabulary_sweep(hidden, weight, expected_embedding_of=weight)
+    got = vocabulary_sweep(hidden, weight, expected_embedding_of=weight, num_likeliest=2)
     assert not any(column.requires_grad for column in got)
     assert relative(got.log_sum_exp_T, plain_sweep((hidden @ weight.T).detach())[3]) < 1e-6
 
 
-@pytest.mark.parametrize("options", [{}, {"top_p": 0.95}, {"top_p": 1.0}, {"top_k": 40}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"top_p": 0.95}, {"top_p": 1.0}, {"top_k": 40}, {"num_likeliest": 32}],
+)
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_no_tensor_of_the_sweep_is_larger_than_a_slab(options, temperature):
     rows, vocab, width = 8, 4000, 6
@@ -334,6 +340,52 @@ def test_a_sampled_token_s_log_probability_is_that_of_the_plain_softmax():
     assert relative(got.entropy_T, plain_sweep(logits)[2]) < 1e-5
 
 
+# --- the sweep: the likeliest tokens ---
+
+
+@pytest.mark.parametrize("rows, vocab, most", [(1, 2, 1), (9, 513, 5), (7, 600, 600), (3, 20, 99)])
+@pytest.mark.parametrize("options", [{}, {"choose": "sample", "temperature": 0.5, "top_p": 0.7}])
+def test_the_likeliest_tokens_are_those_of_the_softmax_without_temperature(
+    rows, vocab, most, options
+):
+    hidden, weight = torch.randn(rows, 8), torch.randn(vocab, 8)
+    options = {"uniform_T": torch.rand(rows), "slab_bytes": slab_of(4, vocab), **options}
+    got = vocabulary_sweep(hidden, weight, num_likeliest=most, **options)
+    want, ids = (hidden @ weight.T).double().softmax(dim=-1).sort(dim=-1, descending=True)
+    assert torch.equal(got.likeliest_ids_TM, ids[:, :most])
+    assert got.likeliest_probs_TM.dtype == torch.float32
+    torch.testing.assert_close(got.likeliest_probs_TM.double(), want[:, :most], rtol=1e-5, atol=0)
+    without = vocabulary_sweep(hidden, weight, **options)
+    assert all(torch.equal(one, other) for one, other in zip(got[:4], without[:4]))
+    assert without.likeliest_ids_TM is without.likeliest_probs_TM is None
+
+
+@pytest.mark.parametrize("choose", ["argmax", "sample"])
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_the_likeliest_tokens_are_those_the_processors_leave(choose, temperature):
+    hidden, weight = torch.randn(10, 8), torch.randn(600, 8)
+
+    def keep_twenty(_, logits):
+        logits[:, 20:] = -torch.inf
+        return logits
+
+    got = vocabulary_sweep(
+        hidden, weight, processors=keep_twenty, num_likeliest=30, choose=choose,
+        temperature=temperature, uniform_T=torch.rand(10), slab_bytes=slab_of(4, 600),
+    )  # fmt: skip
+    want, ids = (hidden @ weight[:20].T).double().softmax(dim=-1).sort(dim=-1, descending=True)
+    assert torch.equal(got.likeliest_ids_TM[:, :20], ids)
+    probs = got.likeliest_probs_TM.double()
+    torch.testing.assert_close(probs[:, :20], want, rtol=1e-5, atol=0)
+    assert (probs[:, 20:] == 0).all() and (got.likeliest_ids_TM[:, 20:] >= 20).all()
+
+
+def test_equal_tokens_are_different_ones_among_the_likeliest():
+    got = vocabulary_sweep(torch.zeros(3, 4), torch.randn(3000, 4), num_likeliest=50)
+    assert all(len(set(ids.tolist())) == 50 for ids in got.likeliest_ids_TM)
+    torch.testing.assert_close(got.likeliest_probs_TM, torch.full((3, 50), 1 / 3000))
+
+
 # --- the sweep: processors and mistakes ---
 
 
@@ -389,6 +441,7 @@ def test_mistakes_in_the_sweep_are_named():
         "choose must be 'argmax' or 'sample'": {"choose": "greedy"},
         "temperature must be above 0": {"temperature": 0.0},
         "top_k must be at least 1": {"top_k": 0},
+        "num_likeliest must be at least 1": {"num_likeliest": 0},
         r"top_p must be in \(0, 1\]": {"top_p": 1.2},
         "sampling needs uniform_T": {"choose": "sample"},
         r"uniform_T must be \[4\], got \[3\]": {"choose": "sample", "uniform_T": half[:3]},

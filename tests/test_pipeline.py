@@ -10,9 +10,10 @@ from tess.backbones.config import HybridConfig
 from tess.config import TessConfig
 from tess.denoiser import TessDenoiser
 from tess.errors import UserError
-from tess.pipeline import TessPipeline, TessPipelineOutput, draw_seed, example_keys
+from tess.pipeline import TessPipeline, TessPipelineOutput
 from tess.schedulers.renoising import RenoisingScheduler
 from tess.schedulers.simplex import NoisedSimplex
+from tess.sources import draw_seed, example_keys
 from tess.tokenization import train_tokenizer
 
 WORDS = "the cat sat on a mat while the small dog slept by an old red door and rain fell".split()
@@ -259,9 +260,9 @@ def test_callback_may_replace_tokens_and_sees_what_was_predicted(tokenizer):
 def test_source_is_encoded_once(tokenizer, monkeypatch):
     pipeline = make(tokenizer)
     calls = []
-    encode = pipeline.denoiser.encode_source
+    read = pipeline.denoiser.read_source
     monkeypatch.setattr(
-        pipeline.denoiser, "encode_source", lambda *a: calls.append(a[0].shape) or encode(*a)
+        pipeline.denoiser, "read_source", lambda *a: calls.append(a[0].shape) or read(*a)
     )
     run(pipeline, PROMPTS)
     assert len(calls) == 1

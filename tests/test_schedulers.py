@@ -335,6 +335,66 @@ def test_the_recoverability_grid_is_walked_to_its_end(vocab_size, num_steps):
     assert [scheduler.previous_timestep(t) for t in times] == [*times[1:].tolist(), 0.0]
 
 
+@pytest.mark.parametrize("kind", [list, tuple, torch.tensor])
+def test_given_timesteps_are_walked(scheduler, kind):
+    times = [1.0, 0.9, 0.3, 0.125]
+    scheduler.set_timesteps(timesteps=kind(times))
+    assert scheduler.timesteps.dtype == torch.float32 and scheduler.num_inference_steps == 4
+    assert torch.equal(scheduler.timesteps, torch.tensor(times))
+    assert [scheduler.previous_timestep(t) for t in times] == [
+        *scheduler.timesteps[1:].tolist(),
+        0.0,
+    ]
+    assert [scheduler.index_of(t) for t in times] == [0, 1, 2, 3]
+    sample = scheduler.initial((3, 4), KEYS)
+    for t in scheduler.timesteps:
+        sample = scheduler.step(IDS, t, sample).prev_sample
+    assert torch.equal(sample.logits().double(), vertices(IDS, 7))
+
+
+@pytest.mark.parametrize(
+    "times",
+    [
+        [],
+        [[0.5, 0.2]],
+        [1.1, 0.5],
+        [0.5, 0.0],
+        [0.5, -0.1],
+        [0.2, 0.5],
+        [0.5, 0.5],
+        [0.5, 0.5 - 1e-7],
+        [0.5, math.nan],
+        [math.nan, 0.5],
+        [1e-7],
+        ["early", "late"],
+        0.5,
+    ],
+)
+def test_timesteps_that_do_not_fall_within_one_and_zero_are_refused(scheduler, times):
+    with pytest.raises(
+        ValueError, match=r"timesteps must be one or more numbers in \(0, 1\], each"
+    ):
+        scheduler.set_timesteps(timesteps=times)
+
+
+def test_timesteps_are_given_in_one_way(scheduler):
+    for given in ({}, {"num_inference_steps": 2, "timesteps": [1.0, 0.5]}):
+        with pytest.raises(ValueError, match="either num_inference_steps or timesteps, not both"):
+            scheduler.set_timesteps(**given)
+
+
+def test_solvers_can_divide_by_both_scales():
+    silent = published(7, beta_schedule="linear", beta_start=0.0)
+    signal, noise = silent.scales(1e-5)  # within the first step, which adds no noise
+    assert signal == 1 and 0 < noise < 1e-20
+    assert silent.scales(0.0) == (1.0, 0.0)
+    loud = published(7, beta_schedule="linear", beta_end=0.9)  # the product underflows
+    assert 0 < loud.scales(1.0)[0] < 1e-20
+    scales = published(7).scales(0.6)
+    want = math.sqrt(cosine_share(0.6)), math.sqrt(1 - cosine_share(0.6))
+    assert scales == pytest.approx(want, rel=1e-12)
+
+
 def test_defaults_follow_the_vocabulary_and_a_preset_does_not():
     config = RenoisingScheduler(vocab_size=4_096).config
     assert config.simplex_value == auto_simplex_value(4_096)

@@ -8,7 +8,7 @@ from tess.arguments import DataArguments
 from tess.errors import UserError
 from tess.tokenization import train_tokenizer
 from tess.training_data import TokenRows
-from tess.training_texts import load_data, without_long
+from tess.training_texts import load_data, warn_of_cuts, without_long
 
 
 def write(path, rows):
@@ -58,3 +58,26 @@ def test_long_pairs_are_dropped_when_asked():
     assert len(rows) == 2
     with pytest.raises(UserError, match="every training row is longer"):
         without_long(rows, DataArguments(max_source_length=3, max_target_length=9))
+
+
+def test_a_target_of_several_blocks_is_long_only_where_its_context_is(caplog):
+    tokenizer = train_tokenizer(["a"], 261)
+    # with </s> the targets have 8, 9 and 17 tokens: 1, 2 and 3 blocks of 8 after a source of 2 + 2
+    rows = TokenRows(tokenizer, ["ab"] * 3, ["x" * 7, "x" * 8, "x" * 16], seed=0)
+    limits = {"max_source_length": 12, "max_target_length": 8}
+    data = DataArguments(conditional_generation="block", **limits)
+    assert without_long(rows, data).targets == rows.targets[:2]
+    mixed = DataArguments(conditional_generation="block,seq2seq", **limits)
+    assert without_long(rows, mixed).targets == rows.targets[:1]
+    warn_of_cuts(rows, data)
+    assert "1 of 3 training rows" in caplog.text
+
+
+@pytest.mark.parametrize("objective", ["block", "seq2seq"])
+def test_raw_text_has_no_source_to_write_from(tmp_path, objective):
+    (tmp_path / "train.txt").write_text("a text\n")
+    data = DataArguments(
+        train_file=[str(tmp_path / "train.txt")], conditional_generation=f"ul2,{objective}"
+    )
+    with pytest.raises(UserError, match=f"{objective} needs training rows with a source"):
+        load_data(data, want_eval=False)

@@ -181,6 +181,36 @@ def test_processors_steer_the_choice_and_nothing_else(options):
     torch.testing.assert_close(got.log_prob_T, want.log_prob_T, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", [{}, {"choose": "sample", "temperature": 0.7, "top_k": 3}])
+@pytest.mark.parametrize("embed", [False, True])
+@pytest.mark.parametrize("banned", [0, 50])
+def test_the_likeliest_tokens_are_those_of_the_tensor_path(dtype, options, embed, banned):
+    """Before the logits become probabilities in place, and of what processors leave."""
+    hidden = torch.randn(7, 8, device=DEVICE).to(dtype)
+    weight = torch.randn(70, 8, device=DEVICE).to(dtype)
+    options = {**options, "uniform_T": torch.rand(7, device=DEVICE), "num_likeliest": 9}
+    if embed:
+        options["expected_embedding_of"] = weight
+
+    def ban(_, logits):
+        logits[:, :banned] = -torch.inf
+        return logits
+
+    if banned:
+        options["processors"] = ban
+    got, want = both(hidden, weight, 4, **options)
+    assert got.likeliest_probs_TM.dtype == torch.float32
+    torch.testing.assert_close(
+        got.likeliest_probs_TM, want.likeliest_probs_TM, rtol=1e-5, atol=1e-7
+    )
+    logits = (hidden @ weight.T).float()
+    logits[:, :banned] = -torch.inf
+    found = logits.softmax(dim=-1).gather(1, got.likeliest_ids_TM)  # ties in any order
+    torch.testing.assert_close(found, got.likeliest_probs_TM, rtol=1e-5, atol=1e-7)
+    assert all(len(set(ids.tolist())) == 9 for ids in got.likeliest_ids_TM)
+
+
 @pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="rests on MKL's products")
 @pytest.mark.skipif(not INTERPRETED, reason="the products are the GPU library's")
 def test_a_row_has_the_same_bits_in_every_batch():
@@ -190,6 +220,7 @@ def test_a_row_has_the_same_bits_in_every_batch():
         return vocabulary_sweep(
             hidden[rows], weight, choose="sample", temperature=0.8, uniform_T=uniform[rows],
             expected_embedding_of=weight, slab_bytes=4 * slab_rows * 700, backend="triton",
+            num_likeliest=4,
         )  # fmt: skip
 
     together = sweep(slice(None), 1000)
@@ -223,19 +254,21 @@ def test_hidden_states_that_are_no_numbers_are_named(bad, options):
 def test_no_rows_give_no_outputs_and_no_gradient_is_recorded():
     weight = torch.randn(9, 4, device=DEVICE, requires_grad=True)
     none = torch.empty(0, 4, device=DEVICE)
-    got = vocabulary_sweep(none, weight, expected_embedding_of=weight, backend="triton")
-    assert [tuple(column.shape) for column in got] == [(0,), (0,), (0,), (0,), (0, 4)]
+    options = {"expected_embedding_of": weight, "num_likeliest": 2, "backend": "triton"}
+    got = vocabulary_sweep(none, weight, **options)
+    shapes = [(0,), (0,), (0,), (0,), (0, 4), (0, 2), (0, 2)]
+    assert [tuple(column.shape) for column in got] == shapes
     hidden = torch.randn(6, 8, device=DEVICE, requires_grad=True)[:, ::2]
-    got = vocabulary_sweep(hidden, weight, expected_embedding_of=weight, backend="triton")
+    got = vocabulary_sweep(hidden, weight, **options)
     assert not any(column.requires_grad for column in got)
 
 
 def test_autocast_decides_the_dtype_of_the_sweep_s_products():
     hidden, weight = torch.randn(9, 32, device=DEVICE), torch.randn(900, 32, device=DEVICE)
-    low = hidden.half(), weight.half()
+    low, options = (hidden.half(), weight.half()), {"num_likeliest": 3, "backend": "triton"}
     with torch.autocast(DEVICE, torch.float16):
-        got = vocabulary_sweep(hidden, weight, expected_embedding_of=weight, backend="triton")
-    want = vocabulary_sweep(*low, expected_embedding_of=low[1], backend="triton")
+        got = vocabulary_sweep(hidden, weight, expected_embedding_of=weight, **options)
+    want = vocabulary_sweep(*low, expected_embedding_of=low[1], **options)
     assert got.embedding_TH.dtype == torch.float16
     assert all(torch.equal(one, other) for one, other in zip(got, want))
 

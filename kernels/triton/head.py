@@ -222,25 +222,37 @@ def _sweep_slab(
     rows = len(hidden_RH)
     torch.mm(F.pad(hidden_RH, (0, 0, 0, len(slab_RV) - rows)), head_VH.T, out=slab_RV)
     logits_RV, probs = slab_RV[:rows], table_VG is not None
-    tokens_R = _chosen(logits_RV, start, draw_R, rule)
+    processed_RV = logits_RV
+    if rule.processors is not None:
+        processed_RV = public._processed(rule.processors, start, logits_RV.float())
+    likeliest = _likeliest(processed_RV, rule)  # before the logits are used up
+    tokens_R = _chosen(processed_RV, draw_R, rule)
     choice = rule.choose if tokens_R is None else "given"
     columns = sweep_rows(logits_RV, draw_R, tokens_R, rule.temperature, choice, probs)
     embedding = (slab_RV.to(table_VG.dtype) @ table_VG)[:rows] if probs else None
-    return public.SweepOutput(*columns, embedding)
+    return public.SweepOutput(*columns, embedding, *likeliest)
 
 
-def _chosen(
-    logits_RV: Tensor, start: int, draw_R: Tensor | None, rule: "public._Rule"
-) -> Tensor | None:
-    """Tokens [R] of rules with a cut or with processors; None where the sweep itself chooses."""
+def _likeliest(logits_RV: Tensor, rule: "public._Rule") -> tuple[Tensor | None, Tensor | None]:
+    """The likeliest tokens [R, M] and their probabilities, where they are wanted."""
+    if rule.num_likeliest is None:
+        return None, None
+    ids_RM = public.likeliest_ids(logits_RV, rule.num_likeliest)
+    log_sum_R1 = logits_RV.float().logsumexp(dim=-1, keepdim=True)
+    return ids_RM, (logits_RV.gather(1, ids_RM).float() - log_sum_R1).exp()
+
+
+def _chosen(logits_RV: Tensor, draw_R: Tensor | None, rule: "public._Rule") -> Tensor | None:
+    """Tokens [R] of rules with a cut or with processors; None where the sweep itself chooses.
+
+    logits: the processed ones.
+    """
     cut = rule.choose == "sample" and (rule.top_k is not None or rule.top_p is not None)
-    if rule.processors is not None:
-        logits_RV = public._processed(rule.processors, start, logits_RV.float())
-        if not cut:
-            rows = (logits_RV.contiguous(), draw_R, None, rule.temperature, rule.choose, False)
-            return sweep_rows(*rows)[0]
     if not cut:
-        return None
+        if rule.processors is None:
+            return None
+        rows = (logits_RV.contiguous(), draw_R, None, rule.temperature, rule.choose, False)
+        return sweep_rows(*rows)[0]
     logits_RV = logits_RV.float()
     if rule.temperature != 1:
         logits_RV = logits_RV / rule.temperature

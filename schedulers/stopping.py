@@ -2,6 +2,7 @@
 
 # B examples, L positions
 
+import math
 from dataclasses import dataclass, replace
 from numbers import Integral
 
@@ -20,12 +21,14 @@ class StoppingRule:
     Args:
         patience: m, at least 1; an example needs m + 1 evaluations at least.
         max_entropy: bound of the mean entropy over the text's positions, in nats; infinite: none.
+            What a model's entropies are like depends on its training, so there is no good default;
+            samplers with one noise settle where their texts are best (docs/sampling.md).
 
     Raises ValueError for values out of range.
     """
 
     patience: int = 2
-    max_entropy: float = 0.1
+    max_entropy: float = math.inf
 
     def __post_init__(self) -> None:
         if not isinstance(self.patience, Integral) or self.patience < 1:

@@ -1,6 +1,7 @@
 """How `tess` writes, as one object and as flags: what generate.py and evaluate.py share."""
 
 import argparse
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -36,7 +37,7 @@ class SamplerOptions:
     guidance_scale: float = option(1.0, "classifier-free guidance; 1 is off")
     guidance_form: str = option("logits", f"one of {', '.join(FORMS)}")
     stop_patience: int | None = option(None, "stop a text that was the same so many times")
-    stop_entropy: float = option(0.1, "and has at most this mean entropy in nats")
+    stop_entropy: float = option(math.inf, "and has at most this mean entropy in nats")
     confidence_threshold: float | None = option(None, "keep tokens of this probability")
     num_candidates: int = option(1, "texts per source, of which one is chosen")
     choose_by: str = option("confidence", f"one of {', '.join(CHOICES)}")

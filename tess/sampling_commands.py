@@ -1,6 +1,7 @@
 """The subcommands of scripts/benchmark.py that are about sampling: flags, calls, keys."""
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from itertools import product
@@ -145,8 +146,8 @@ def _add_sampling(add: Add) -> argparse.ArgumentParser:
     parser.add_argument("--spacings", nargs="+", metavar="NAME", help="(default: all)")
     parser.add_argument("--steps", type=positive, nargs="+", help="(default: 1 2 4 8 16 32 100)")
     _list(parser, "--seeds", int, (0, 1, 2), "of the noise")
-    _list(parser, "--stop_patience", positive, (2,), "of the stopping rules")
-    _list(parser, "--stop_entropy", float, (0.1,), "of the stopping rules, in nats")
+    _list(parser, "--stop_patience", positive, (1, 2), "of the stopping rules")
+    _list(parser, "--stop_entropy", float, (math.inf, 1.0), "of the stopping rules, in nats")
     parser.add_argument("--markdown", type=Path, help="also write the tables here")
     parser.add_argument("--plot", type=Path, help="also write a figure here (SVG; extra plots)")
     return parser

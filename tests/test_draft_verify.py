@@ -16,6 +16,7 @@ from tess.denoiser import TessDenoiser
 from tess.diffusion_drafts import DiffusionDrafts, aligned_rest
 from tess.draft_verify import DraftVerifyDecoder, decode_with_drafts
 from tess.errors import UserError
+from tess.sampler_options import SamplerOptions
 from tess.saving import Parts, load_parts, save_parts
 from tess.schedulers.renoising import RenoisingScheduler
 from tess.tokenization import train_tokenizer
@@ -224,6 +225,27 @@ def test_processors_see_what_greedy_search_shows_them(model, name):
     assert [one.token_ids for one in drafted(model, ids, mask, draft, **more)] == texts
 
 
+class Always(LogitsProcessor):
+    """Leaves one token."""
+
+    def __init__(self, token):
+        self.token = token
+
+    def __call__(self, input_ids, scores):
+        return torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([self.token]), 0.0)
+
+
+@pytest.mark.parametrize("token", [0, 5])
+def test_what_fills_up_a_shorter_draft_is_not_accepted(model, token):
+    def draft(rows, prefixes, budgets):
+        return [[token] * 2 if row == 0 else [] for row in rows]
+
+    more = {"logits_processor": [Always(token)]}
+    for row, one in enumerate(drafted(model, *prompts(), draft, **more)):
+        assert one.token_ids == [token] * LIMIT
+        assert (one.num_accepted, one.num_forwards) == ((0, LIMIT) if row else (7, 5))
+
+
 def test_another_stopping_criterion_is_refused(model):
     class Never(StoppingCriteria):
         def __call__(self, input_ids, scores, **kwargs):
@@ -248,6 +270,7 @@ def test_the_rest_of_a_draft_is_found_again():
     ):
         assert aligned_rest(draft, list(text)) == list(rest), text
     assert aligned_rest(list("axbxc"), list("ax")) == list("bxc")  # the nearest, not the last
+    assert aligned_rest(list("bXbY"), list("bb")) == ["Y"]  # as near: ahead, not back
     assert aligned_rest(draft, list("ah"), window=3) == list("cdefgh")  # out of sight
     assert aligned_rest(draft, list("ah"), window=6) == []
 
@@ -344,6 +367,14 @@ def test_defaults_and_the_command_line(checkpoints, capsys):
         main(["a cat", "--checkpoint", str(checkpoints), "--decoder", name])
         shown.append(capsys.readouterr().out.rpartition("\n[")[0])
     assert shown[0] == shown[1]
+
+
+def test_options_of_the_sampler_reach_the_drafts(checkpoints):
+    at_once = SamplerOptions(confidence_threshold=1e-9)  # every token is sure enough
+    for options, evaluations in ((None, 16), (at_once, 1)):
+        decoder = load_decoder(checkpoints, "tess+ar", options=options)
+        for one in decoder.generate(TEXTS[1:2], num_inference_steps=16):
+            assert one.nfe - 1 - one.num_verifications == evaluations
 
 
 def test_what_does_not_go_together_is_refused(checkpoints, tmp_path):

@@ -16,6 +16,9 @@ from tess.schedulers.simplex import CarriedSimplex, DenseSimplex, SoftTokens
 NUM_SOFT_TOKENS = 32
 """M, the likeliest tokens of a prediction that a carried simplex keeps."""
 
+MAX_LIST = 128
+"""Tokens with a weight that a carried simplex keeps at a position, or four predictions' worth."""
+
 PREDICTION_TYPES = ("logits", "sample")
 
 Sample = DenseSimplex | CarriedSimplex
@@ -70,8 +73,8 @@ class SoftScheduler(SimplexScheduler):
         """Pure noise k eps at t = 1 for a [B, L] canvas, on the device of the keys ([B] int64)."""
         size, value = self.config.vocab_size, self.config.simplex_value
         if self.reads == "soft_tokens":
-            top = self.config.num_top
-            return CarriedSimplex.initial(shape, keys, size, value, num_top=top)
+            top, most = self.config.num_top, max(MAX_LIST, 4 * self.config.num_soft_tokens)
+            return CarriedSimplex.initial(shape, keys, size, value, num_top=top, max_list=most)
         noise_BLV = random.normal(keys, 0, shape[1], size)
         return DenseSimplex(noise_BLV * value, keys=keys, simplex_value=value)
 

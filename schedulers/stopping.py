@@ -54,12 +54,17 @@ class StoppingState:
     """[B] int64, how many steps in a row left the text as it was."""
 
     def update(
-        self, token_ids: Tensor, entropies: Tensor, text_mask: Tensor
+        self,
+        token_ids: Tensor,
+        entropies: Tensor,
+        text_mask: Tensor,
+        written_mask: Tensor | None = None,
     ) -> tuple["StoppingState", Tensor]:
         """The state after a step, and which examples are done, [B] bool.
 
         token_ids, entropies: [B, L]. text_mask: [B, L], true at the text's positions (`text_mask`):
-        what follows the end says nothing of the text and does not count.
+        what follows the end says nothing of the text and does not count. written_mask: [B, L], the
+        positions whose entropy counts, where some tokens were given.
         """
         inside_BL = text_mask.bool()
         text_BL = token_ids.masked_fill(~inside_BL, -1)
@@ -69,8 +74,9 @@ class StoppingState:
             same_B = (text_BL == self.text_ids).all(dim=1)
             repeats_B = torch.where(same_B, self.repeats + 1, 0)
         # in double, so that the columns a batch adds by padding cannot round it otherwise
-        total_B = entropies.double().masked_fill(~inside_BL, 0).sum(dim=1)
-        sure_B = total_B <= self.rule.max_entropy * inside_BL.sum(dim=1)
+        counts_BL = inside_BL if written_mask is None else inside_BL & written_mask.bool()
+        total_B = entropies.double().masked_fill(~counts_BL, 0).sum(dim=1)
+        sure_B = total_B <= self.rule.max_entropy * counts_BL.sum(dim=1).clamp(min=1)
         done_B = (repeats_B >= self.rule.patience) & sure_B
         return replace(self, text_ids=text_BL, repeats=repeats_B), done_B
 

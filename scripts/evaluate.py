@@ -34,7 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dataset", help=f"dataset of the task (default: {DEFAULT_DATASET}). {names}")
     add("--source_column", default="source", help="column of --data (default: %(default)s)")
     add("--target_column", default="target", help="column of --data (default: %(default)s)")
-    add("--decoder", help="tess, ar or ar+mtp (default: tess where the checkpoint has it, else ar)")
+    add("--decoder", help="tess, ar, ar+mtp or tess+ar (default: tess, or ar where that is all)")
     add("--num_draft_tokens", type=int, help="tokens that ar+mtp drafts at a time (default: 3)")
     add("--num_inference_steps", type=int, help="steps of tess (default: 16, or T if that is less)")
     add("--gen_length", type=int, help="canvas of every text (default: by length head or rule)")

@@ -24,7 +24,7 @@ from tess.trace_page import trace_page
 
 JSON_KEYS = """\
 --json prints one object; its keys are stable:
-  decoder              "tess", "ar" or "ar+mtp"
+  decoder              "tess", "ar", "ar+mtp" or "tess+ar"
   checkpoint           the folder that was asked for
   num_parameters       of the model
   num_inference_steps, gen_length, seed, top_p, temperature
@@ -37,7 +37,7 @@ JSON_KEYS = """\
       num_new_tokens   tokens of the text, </s> included
       nfe              network evaluations over the target
       num_drafted, num_accepted
-                       tokens drafted, and those of them in the text (ar+mtp; else 0)
+                       tokens drafted, and those of them in the text (ar+mtp, tess+ar; else 0)
 """
 
 
@@ -66,7 +66,10 @@ def make_parser() -> argparse.ArgumentParser:
         "--num_draft_tokens", type=int, metavar="N", help="drafted at a time by ar+mtp (default 3)"
     )
     parser.add_argument(
-        "--num_inference_steps", type=int, metavar="N", help="sampling steps of tess (default 16)"
+        "--num_inference_steps",
+        type=int,
+        metavar="N",
+        help="sampling steps of tess (default 16; 1 for tess+ar)",
     )
     parser.add_argument(
         "--gen_length",
@@ -123,6 +126,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     if args.trace is not None and not args.trace.resolve().parent.is_dir():
         raise UserError(f"--trace {args.trace}: there is no folder {args.trace.resolve().parent}")
+    if args.trace is not None and args.trace.is_dir():
+        raise UserError(f"--trace {args.trace} is a folder; expected the name of a file")
     sampler = sampler_options(args)
     start = time.perf_counter()
     decoder = load_decoder(

@@ -103,13 +103,21 @@ class Blocks:
                 context.select(torch.tensor(going_on, device=context.source_ids.device)),
                 added,
                 [sources[row] + self._without_padding(texts[row]) for row in open_rows],
+                use_cache,
             )
         return self._joined(texts, log_probs, nfe), [self.total] * len(sources)
 
     def _extended(
-        self, context: Context, added: list[list[int]], whole: list[list[int]]
+        self,
+        context: Context,
+        added: list[list[int]],
+        whole: list[list[int]],
+        use_cache: bool,
     ) -> Context:
         """The context with each row's finished block behind it."""
+        if not use_cache:
+            pad, device = self.pipeline.tokenizer.pad_token_id, context.source_ids.device
+            return pad_left(whole, pad, device)
         config = self.pipeline.denoiser.config
         if config.source_encoding != "causal" or config.label_shift or not all(added):
             return self.pipeline._read(whole)[0]
@@ -129,7 +137,8 @@ class Blocks:
 
     def _check_positions(self, sources: list[list[int]]) -> None:
         positions = self.pipeline.denoiser.config.num_source_positions
-        longest = max(map(len, sources)) + self.total - 1
+        before_last = (-(-self.total // self.length) - 1) * self.length
+        longest = max(map(len, sources)) + before_last
         if 0 < positions < longest:
             raise UserError(
                 f"blocks up to {self.total} tokens need {longest} source positions, and the model "

@@ -43,7 +43,8 @@ def token_processors(
     A processor is a function of (input_ids [N, l], scores [N, V]). For position l it sees the
     tokens left of it as they stand: those of the step before, since all positions are chosen
     together (and padding in the first step). A processor that looks at no tokens is therefore
-    exact, and one that does, such as `NoRepeatNGramLogitsProcessor`, takes effect a step later.
+    exact, and one that does, such as `NoRepeatNGramLogitsProcessor` or a ban on words of several
+    tokens, takes effect a step later: not at all where there is one step.
 
     left_ids_BL: the tokens as they stand, without the source.
     """
@@ -102,6 +103,11 @@ def fixed_canvas(
     Raises:
         UserError: another shape or type, ids outside the vocabulary, or more than the canvas holds.
     """
+    if not isinstance(fixed_tokens, Tensor):
+        raise UserError(
+            f"fixed_tokens must be an int64 tensor [{batch}, length], got "
+            f"{type(fixed_tokens).__name__}"
+        )
     if fixed_tokens.dim() != 2 or len(fixed_tokens) != batch or fixed_tokens.dtype != torch.int64:
         raise UserError(
             f"fixed_tokens must be int64 [{batch}, length], -1 where the model writes, got "

@@ -321,7 +321,9 @@ class ArDecoder(Decoder):
         self, rows, keys, num_inference_steps, gen_length, top_p, temperature
     ) -> list[Generation]:
         if gen_length is not None and not isinstance(gen_length, int):
-            raise UserError("ar takes one gen_length for all sources, got one for each")
+            raise UserError(
+                "decoders that go token by token take one gen_length for all sources, got one each"
+            )
         if num_inference_steps is not None:
             raise UserError(
                 "num_inference_steps belongs to the tess decoder; ar takes one evaluation per "
@@ -393,9 +395,13 @@ def make_decoder(parts: Parts, options: SamplerOptions | None = None) -> TessDec
     """The decoder of a loaded (or just trained) checkpoint: `tess`, or else `ar`."""
     if parts.scheduler is not None:
         return TessDecoder(parts, options)
-    if options is not None and options != SamplerOptions():
-        raise UserError("options of the sampler belong to the tess decoder, and this one is ar")
+    _refuse_options(options, ArDecoder.name)
     return ArDecoder(parts)
+
+
+def _refuse_options(options: SamplerOptions | None, name: str) -> None:
+    if options is not None and (given := options.changed()):
+        raise UserError(f"{', '.join(given)} belongs to the tess decoder, and this one is {name}")
 
 
 def load_decoder(
@@ -443,6 +449,7 @@ def load_decoder(
         options = replace(options, scorer=load_parts(found["ar"], dtype, device).model.eval())
     parts = load_parts(found[kind], dtype, device)
     if name == ArMtpDecoder.name:
+        _refuse_options(options, name)
         return ArMtpDecoder(parts, DRAFT_TOKENS if num_draft_tokens is None else num_draft_tokens)
     if verifier:
         from tess.draft_verify import DraftVerifyDecoder  # made of the decoders here

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 from transformers import PreTrainedModel, initialization  # noqa: F401  diffusers looks for the base class here
 from transformers.utils import ModelOutput
@@ -124,6 +125,7 @@ class TessDenoiser(StrictPreTrainedModel):
         """
         return self.read_source(source_ids, source_mask).cache
 
+    @apply_forward_hook
     def read_source(self, source_ids: Tensor, source_mask: Tensor | None) -> SourceReading:
         """`encode_source`, with the state that says how long the target will be."""
         if self.config.source_encoding == "joint":
@@ -261,7 +263,7 @@ class TessDenoiser(StrictPreTrainedModel):
                 is drawn from the nucleus with the position's own number of `uniforms` [B, L]; see
                 `tess.kernels.head.vocabulary_sweep`.
             choice_BLH: choose and measure the tokens by this state's logits instead (guidance);
-                what self-conditioning reads stays hidden_BLH's.
+                what self-conditioning reads of the distribution stays hidden_BLH's.
             num_soft_tokens: also give so many of each position's likeliest tokens, for samplers
                 that carry soft predictions.
 
@@ -303,6 +305,7 @@ class TessDenoiser(StrictPreTrainedModel):
             token_ids=out.tokens_T.view(shape),
             log_probs=out.log_prob_T.view(shape),
             entropies=out.entropy_T.view(shape),
+            log_sum_exp=out.log_sum_exp_T.view(shape),
             embedding=out.embedding_TH.view(*shape, -1) if soft else None,
             logits=self.logits(hidden_BLH).detach() if whole else None,
             soft=likeliest,

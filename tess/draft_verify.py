@@ -291,7 +291,16 @@ class DraftVerifyDecoder(Decoder):
         _check_vocabularies(tess_parts.tokenizer, ar_parts.tokenizer)
         if redraft not in REDRAFTS:
             raise UserError(f"redraft must be one of {', '.join(REDRAFTS)}, got {redraft!r}")
+        options = SamplerOptions() if options is None else options
+        of_texts = {"forbid", "no_repeat_ngram", "block_length"}
+        if useless := sorted(of_texts & set(options.changed())):
+            raise UserError(
+                f"{', '.join(useless)} would change the drafts alone, and the texts of {self.name} "
+                "are those of ar; leave it out"
+            )
         self.writer = TessDecoder(tess_parts, options)
+        for name in ("scheduler_name", "timestep_spacing", "stopping", "sampler"):
+            setattr(self, name, getattr(self.writer, name))
         self.redraft = redraft
         most = tess_parts.scheduler.config.num_train_timesteps
         self.default_num_inference_steps = min(num_inference_steps, most)

@@ -71,7 +71,8 @@ class Guidance:
             rows = other_TH[start : start + len(logits_RV)]
             empty_RV = F.linear(rows, head_VH).float().softmax(dim=-1)
             mixed_RV = empty_RV + self.scale * (logits_RV.softmax(dim=-1) - empty_RV)
-            return mixed_RV.clamp_(min=0).log()
+            # not 0: processors may leave only tokens that the mix has cut
+            return mixed_RV.clamp_(min=torch.finfo(torch.float32).tiny).log()
 
         return run
 

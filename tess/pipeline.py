@@ -5,6 +5,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -162,6 +163,8 @@ class TessPipeline(DiffusionPipeline):
                 number where it is less; or
             timesteps: the times themselves, falling, in (0, 1].
             top_p: None for the arg-max; otherwise the mass of the nucleus to sample from.
+                Schedulers that read whole predictions go on with those, and only the tokens shown
+                are drawn.
             temperature: divides the logits; only with top_p.
             guidance_scale, guidance_form, reward, reward_scale, reward_steps: see
                 `tess.guidance.Guidance`.
@@ -214,13 +217,14 @@ class TessPipeline(DiffusionPipeline):
         )  # fmt: skip
         if num_candidates < 1:
             raise UserError(f"num_candidates must be at least 1, got {num_candidates}")
-        if num_candidates > 1:
-            check_choice(choose_by, scorer)
+        check_choice(choose_by, num_candidates, scorer)
         check_scheduler(self.scheduler, self.denoiser.config)  # it may have been replaced
         self._set_timesteps(num_inference_steps, timesteps)
         rows = self._sources(prompt, input_ids, strict)
         if keys is None:
             keys = example_keys(rows, draw_seed(generator))
+        if keys.shape != (len(rows),):
+            raise UserError(f"keys must be [{len(rows)}], one per source, got {list(keys.shape)}")
         keys = derived_keys(keys, num_candidates, "candidate")
         hook = None
         if callback_on_step_end is not None:
@@ -279,7 +283,7 @@ class TessPipeline(DiffusionPipeline):
             held_ids=None
             if settings.confidence_threshold is None
             else torch.full_like(target_mask, FREE),
-            left_ids=torch.full_like(target_mask, self.tokenizer.pad_token_id),
+            left_ids=self._left_ids(target_mask, fixed_tokens),
         )
         with self.progress_bar(total=len(self.scheduler.timesteps)) as progress:
             return denoise(
@@ -288,11 +292,20 @@ class TessPipeline(DiffusionPipeline):
                 batch,
                 settings,
                 eos_token_id=self.tokenizer.eos_token_id,
+                pad_token_id=self.tokenizer.pad_token_id,
                 on_step=hook,
                 on_trace=on_trace,
                 after_step=progress.update,
                 keep_trace=keep_trace,
             )
+
+    def _left_ids(self, target_mask: Tensor, fixed_tokens: Tensor | None) -> Tensor:
+        """What stands on the canvas before the first step."""
+        pad = self.tokenizer.pad_token_id
+        if fixed_tokens is None:
+            return torch.full_like(target_mask, pad)
+        fixed_tokens = fixed_tokens.to(target_mask.device)
+        return fixed_tokens.masked_fill(fixed_tokens == FREE, pad)
 
     def _hook(self, callback: Any, names: Sequence[str]) -> StepHook:
         """The user's callback as the loop calls it."""
@@ -307,7 +320,10 @@ class TessPipeline(DiffusionPipeline):
             tensors = {
                 name: made[name]() if name in made else getattr(prediction, name) for name in names
             }
-            return self._replaced(prediction, callback(self, step, timestep, tensors) or {})
+            returned = callback(self, step, timestep, dict(tensors)) or {}
+            # diffusers' callbacks give back all they were given
+            new = {name: x for name, x in returned.items() if x is not tensors.get(name)}
+            return self._replaced(prediction, new)
 
         return hook
 
@@ -420,7 +436,10 @@ class TessPipeline(DiffusionPipeline):
         return [max(1, min(length, longest)) for length in wanted]
 
     def _given_lengths(self, gen_length: int | Sequence[int], batch: int) -> list[int]:
-        lengths = [gen_length] * batch if isinstance(gen_length, int) else list(gen_length)
+        if isinstance(gen_length, (float, str)):
+            raise UserError(f"gen_length must be an integer or one per example, got {gen_length!r}")
+        one = isinstance(gen_length, Integral)
+        lengths = [int(gen_length)] * batch if one else [int(length) for length in gen_length]
         if len(lengths) != batch:
             raise UserError(f"gen_length must be one number or {batch}, got {len(lengths)}")
         if min(lengths) <= 0:

@@ -36,11 +36,11 @@ class Candidates:
         return torch.tensor([row * count + place for row, place in enumerate(self.chosen)])
 
 
-def check_choice(choose_by: str, scorer: HybridForCausalLM | None) -> None:
+def check_choice(choose_by: str, count: int, scorer: HybridForCausalLM | None) -> None:
     """Raises UserError for an unknown way to choose, and for a causal model that is missing."""
     if choose_by not in CHOICES:
         raise UserError(f"choose_by must be one of {', '.join(CHOICES)}, got {choose_by!r}")
-    if choose_by == "ar" and scorer is None:
+    if choose_by == "ar" and count > 1 and scorer is None:
         raise UserError("choose_by='ar' needs scorer, a causal model of the same tokenizer")
 
 

@@ -42,7 +42,9 @@ class SamplerOptions:
     num_candidates: int = option(1, "texts per source, of which one is chosen")
     choose_by: str = option("confidence", f"one of {', '.join(CHOICES)}")
     block_length: int | None = option(None, "write in blocks, up to gen_length tokens")
-    forbid: list[str] = option([], "words that must not be written", nargs="+")
+    forbid: list[str] = option(
+        [], "words not to write; those of several tokens from the second step on", nargs="+"
+    )
     no_repeat_ngram: int | None = option(None, "forbid n-grams of so many tokens to come twice")
     scorer: HybridForCausalLM | None = field(default=None, metadata={"flag": False})
 
@@ -57,8 +59,15 @@ class SamplerOptions:
             value = getattr(self, name)
             if value is not None and value not in known:
                 raise UserError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-        if self.eta is not None and self.scheduler != "ddim":
-            raise UserError("eta belongs to the ddim scheduler; name it with scheduler")
+
+        for name, partner, given in (
+            ("eta", "scheduler ddim", self.scheduler == "ddim"),
+            ("stop_entropy", "stop_patience", self.stop_patience is not None),
+            ("guidance_form", "guidance_scale above 1", self.guidance_scale > 1),
+            ("choose_by", "num_candidates above 1", self.num_candidates > 1),
+        ):
+            if not given and getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise UserError(f"{name} does nothing without {partner}; give that too")
 
     @property
     def stopping(self) -> StoppingRule | None:

@@ -106,10 +106,12 @@ class Denoised:
 
 
 class _Record:
-    """What is known of all examples after each step."""
+    """What is known of all examples after each step; outside their canvases there is padding."""
 
-    def __init__(self, batch: int, length: int) -> None:
-        self.token_ids = torch.zeros(batch, length, dtype=torch.long)
+    def __init__(self, target_mask: Tensor, pad_token_id: int) -> None:
+        self.inside = target_mask.bool().cpu()
+        batch, length = self.inside.shape
+        self.token_ids = torch.full((batch, length), pad_token_id)
         self.log_probs, self.entropies = (torch.zeros(batch, length) for _ in range(2))
         self.nfe = [0] * batch
 
@@ -120,7 +122,8 @@ class _Record:
     def write(self, index: Tensor, prediction: Prediction) -> None:
         """Copies from the device, which waits for it: not done in every step without need."""
         for name in ("token_ids", "log_probs", "entropies"):
-            getattr(self, name)[index] = getattr(prediction, name).cpu()
+            kept, new = getattr(self, name), getattr(prediction, name).cpu()
+            kept[index] = torch.where(self.inside[index], new, kept[index])
 
     def snapshot(self, index: Tensor, timestep: Tensor) -> StepTrace:
         """All examples as they stand; `index` are those that were evaluated."""
@@ -138,6 +141,7 @@ def denoise(
     settings: SamplingSettings,
     *,
     eos_token_id: int | None = None,
+    pad_token_id: int = 0,
     on_step: StepHook | None = None,
     on_trace: TraceHook | None = None,
     after_step: Callable[[], Any] = lambda: None,
@@ -145,7 +149,7 @@ def denoise(
 ) -> Denoised:
     """Go through `scheduler.timesteps` until every example is done.
 
-    eos_token_id: ends a text; None: it fills its canvas.
+    eos_token_id: ends a text; None: it fills its canvas. pad_token_id: what stands outside of it.
     on_step: called after each evaluation, before the scheduler's step.
     on_trace: called with the state of all examples in each step.
     after_step: called with nothing, likewise.
@@ -155,7 +159,7 @@ def denoise(
         UserError: where the settings do not go together.
     """
     guidance, stopping = settings.guidance, settings.stopping
-    record = _Record(*batch.target_mask.shape)
+    record = _Record(batch.target_mask, pad_token_id)
     trace: list[StepTrace] = []
     if stopping is not None:
         batch = replace(batch, stopping=stopping.start())
@@ -166,9 +170,11 @@ def denoise(
         prediction = _predict(
             denoiser, scheduler, batch, settings, hidden_ALH, choice_ALH, processors
         )
-        prediction = _hold(prediction, batch)
+        state = hidden_ALH if choice_ALH is None else choice_ALH
+        prediction = _hold(denoiser, prediction, batch, state)
         if on_step is not None:
-            prediction = on_step(step, timestep, prediction, hidden_ALH, batch)
+            changed = on_step(step, timestep, prediction, hidden_ALH, batch)
+            prediction = _with_tokens(denoiser, prediction, changed.token_ids, state, changed)
         record.count(batch.index, 2 if guidance.contrasts else 1)
         batch, done_A = _settle(batch, settings, prediction, eos_token_id)
         finished = step + 1 == steps or (done_A is not None and bool(done_A.all()))
@@ -184,7 +190,6 @@ def denoise(
         after_step()
         if finished:
             break
-        state = hidden_ALH if choice_ALH is None else choice_ALH
         batch = _advance(denoiser, scheduler, batch, timestep, prediction, state, processors)
         if leaving:
             batch = batch.select((~done_A).nonzero()[:, 0])
@@ -273,12 +278,40 @@ def _predict(
     )
 
 
-def _hold(prediction: Prediction, batch: Batch) -> Prediction:
-    token_ids = prediction.token_ids
-    for given in (batch.fixed_ids, batch.held_ids):
-        if given is not None:
-            token_ids = torch.where(given == FREE, token_ids, given)
-    return replace(prediction, token_ids=token_ids)
+def _hold(
+    denoiser: TessDenoiser, prediction: Prediction, batch: Batch, state_ALH: Tensor
+) -> Prediction:
+    """The prediction with the tokens that stay; of those that are given nothing is unsure."""
+    if batch.held_ids is not None:
+        held_AL = batch.held_ids
+        token_ids = torch.where(held_AL == FREE, prediction.token_ids, held_AL)
+        prediction = _with_tokens(denoiser, prediction, token_ids, state_ALH)
+    if batch.fixed_ids is not None:
+        given_AL = batch.fixed_ids != FREE
+        prediction = replace(
+            prediction,
+            token_ids=torch.where(given_AL, batch.fixed_ids, prediction.token_ids),
+            log_probs=prediction.log_probs.masked_fill(given_AL, 0),
+            entropies=prediction.entropies.masked_fill(given_AL, 0),
+        )
+    return prediction
+
+
+def _with_tokens(
+    denoiser: TessDenoiser,
+    prediction: Prediction,
+    token_ids: Tensor,
+    state_ALH: Tensor,
+    changed: Prediction | None = None,
+) -> Prediction:
+    """The prediction (or what became of it) with other tokens and their log-probabilities."""
+    changed = prediction if changed is None else changed
+    if token_ids is prediction.token_ids:
+        return changed
+    logit_AL = (state_ALH * denoiser.head_weight()[token_ids]).sum(dim=-1).float()
+    same_AL = token_ids == prediction.token_ids
+    log_probs = torch.where(same_AL, prediction.log_probs, logit_AL - prediction.log_sum_exp)
+    return replace(changed, token_ids=token_ids, log_probs=log_probs)
 
 
 def _advance(
@@ -316,7 +349,10 @@ def _settle(
     done_A = torch.zeros(len(token_ids), dtype=torch.bool, device=token_ids.device)
     text_AL = text_mask(token_ids, batch.target_mask, eos_token_id)
     if settings.stopping is not None:
-        stopping, done_A = batch.stopping.update(token_ids, prediction.entropies, text_AL)
+        written_AL = text_AL if batch.fixed_ids is None else text_AL & (batch.fixed_ids == FREE)
+        stopping, done_A = batch.stopping.update(
+            token_ids, prediction.entropies, text_AL, written_AL
+        )
         batch = replace(batch, stopping=stopping)
     if settings.confidence_threshold is not None:
         sure_AL = (prediction.log_probs.exp() >= settings.confidence_threshold) & text_AL

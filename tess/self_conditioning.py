@@ -30,6 +30,7 @@ class Prediction:
     log_probs: [B, L] float32, log-probability of each chosen token, in nats; of the distribution
         that it was chosen from, before temperature and truncation.
     entropies: [B, L] float32, of the same distributions, in nats.
+    log_sum_exp: [B, L] float32, of the logits behind them.
     embedding: [B, L, H], softmax(logits) W.
     logits: [B, L, V], where the whole simplex is needed.
     soft: the likeliest tokens, for schedulers that read them.
@@ -38,6 +39,7 @@ class Prediction:
     token_ids: Tensor
     log_probs: Tensor | None = None
     entropies: Tensor | None = None
+    log_sum_exp: Tensor | None = None
     embedding: Tensor | None = None
     logits: Tensor | None = None
     soft: SoftTokens | None = None

@@ -347,6 +347,10 @@ def test_a_row_that_ends_leaves_the_blocks(tokenizer):
         ({"num_candidates": 0}, "num_candidates must be at least 1, got 0"),
         ({"num_candidates": 2, "choose_by": "luck"}, "choose_by must be one of"),
         ({"num_candidates": 2, "choose_by": "ar"}, "needs scorer"),
+        ({"choose_by": "luck"}, "choose_by must be one of"),
+        ({"gen_length": 5.0}, "gen_length must be an integer or one per example, got 5.0"),
+        ({"fixed_tokens": [[1, -1]]}, r"must be an int64 tensor \[3, length\], got list"),
+        ({"keys": torch.zeros(2, dtype=torch.long)}, r"keys must be \[3\], one per source"),
     ],
 )
 def test_arguments_that_cannot_be_meant(tokenizer, arguments, message):
@@ -359,3 +363,81 @@ def test_each_example_may_have_its_own_length(tokenizer):
     out = run(pipeline, gen_length=[3, 7, 5])
     assert out.lengths == [3, 7, 5]
     assert out.texts[1:2] == run(pipeline, PROMPTS[1], gen_length=7).texts
+
+
+# ---- what is said of tokens that were not chosen ----
+
+
+def test_log_probabilities_belong_to_the_tokens_they_stand_beside(tokenizer):
+    pipeline = make(tokenizer)
+    logits = []
+
+    def keep(pipe, step, timestep, tensors):
+        logits.append(tensors["logits"])
+        return {"token_ids": tensors["token_ids"].roll(1, dims=1)} if step == 2 else tensors
+
+    out = run(
+        pipeline, confidence_threshold=0.2, return_trace=True, callback_on_step_end=keep,
+        callback_on_step_end_tensor_inputs=["token_ids", "logits"], num_inference_steps=3,
+    )  # fmt: skip
+    inside = right_mask(out.lengths).bool()
+    for trace, logits_BLV in zip(out.trace, logits, strict=True):
+        told = logits_BLV.log_softmax(-1).gather(-1, trace.token_ids[..., None])[..., 0]
+        torch.testing.assert_close(trace.log_probs[inside], told[inside].float())
+        assert (trace.token_ids[~inside] == 0).all()
+        assert (trace.log_probs[~inside] == 0).all()
+    held = out.trace[1].token_ids != logits[1].argmax(-1)
+    assert (held & inside).any()  # otherwise nothing but arg-maxima was looked at
+
+
+def test_given_tokens_need_no_certainty(tokenizer):
+    fixed = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12, -1]] * 3)
+    pipeline = make(tokenizer)
+    out = run(pipeline, fixed_tokens=fixed, return_trace=True)
+    for trace in out.trace:
+        assert (trace.log_probs[:, :8] == 0).all() and (trace.entropies[:, :8] == 0).all()
+        assert (trace.entropies[:, 8] > 0).all()
+    bound = min(float(trace.entropies[:, 8].min()) for trace in out.trace) * 0.9
+    rule = StoppingRule(1, bound)  # the mean over all nine would be below it
+    assert run(pipeline, fixed_tokens=fixed, stopping=rule).nfe == [5] * 3
+    full = fixed.clone()
+    full[:, 8] = 13
+    assert run(pipeline, fixed_tokens=full, stopping=StoppingRule(1, 0.0)).nfe == [2] * 3
+
+
+@pytest.mark.parametrize("encoding", ["causal", "bidirectional"])
+def test_blocks_with_padding_amid_the_text(tokenizer, encoding):
+    pipeline = make(tokenizer, source_encoding=encoding)
+    pads = [SequenceBiasLogitsProcessor({(0,): 4.0}), SuppressTokensLogitsProcessor([2])]
+    call = {"gen_length": 18, "block_length": 6, "logits_processor": pads}
+    out = run(pipeline, **call)
+    assert (out.sequences == 0).any() and run(pipeline, **call, use_cache=False).texts == out.texts
+    assert run(pipeline, PROMPTS[1], **call).texts == out.texts[1:2]
+
+
+def test_the_probability_form_leaves_processors_something_to_choose(tokenizer):
+    only = [SuppressTokensLogitsProcessor([i for i in range(len(tokenizer)) if i != 9])]
+    out = run(
+        make(tokenizer), guidance_scale=5.0, guidance_form="probabilities", logits_processor=only
+    )
+    assert set(out.sequences.unique().tolist()) <= {0, 9}
+
+
+def test_one_block_needs_no_positions_behind_the_source(tokenizer):
+    pipeline = make(tokenizer, num_source_positions=32)
+    one = run(pipeline, gen_length=24, block_length=24)
+    assert one.texts == run(pipeline, gen_length=24).texts
+
+
+def test_a_long_list_of_soft_tokens_is_not_cut_in_silence(tokenizer):
+    process = {"noise": "order_statistics", "num_soft_tokens": 200}
+    pipeline = make(tokenizer, "ddim", process)
+    lists = []
+
+    def keep(sample, timestep):
+        lists.append(sample.token_ids.shape[-1])
+        return sample
+
+    pipeline.scheduler.scale_model_input = keep
+    run(pipeline, num_inference_steps=3)
+    assert lists[1] == 200

@@ -312,7 +312,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         table = format_law(result)
     print(table)
-    if args.json is not None:
+    if args.json is not None and args.command != "sampling":  # which writes after every cell
         args.json.write_text(json.dumps(result, indent=2) + "\n")
     return int(bool(result.get("failed")))
 

@@ -138,7 +138,7 @@ def _add_rows(parser: argparse.ArgumentParser, limit: str) -> None:
 
 def _add_sampling(add: Add) -> argparse.ArgumentParser:
     parser = add("sampling", help="quality against evaluations: schedulers, spacings, stopping")
-    _add_rows(parser, "24; 0.5 h on one core with all cells")
+    _add_rows(parser, "24; about an hour on one core with all cells")
     parser.add_argument(
         "--schedulers", nargs="+", metavar="NAME",
         help="(default: renoising ddim euler_stochastic dpm_solver ddim_carried)",

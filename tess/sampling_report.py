@@ -24,7 +24,7 @@ def format_sampling(result: dict[str, Any]) -> str:
         *_goal_lines(result),
         "",
         "All steps, and the same runs stopped by the first rule (patience "
-        f"{first['patience']}, entropy at most {first['max_entropy']:g}):",
+        f"{first['patience']}, entropy at most {bound(first)}):",
         "",
         *_table(result),
     ]
@@ -53,19 +53,20 @@ def _goal_lines(result: dict[str, Any]) -> list[str]:
     if found["bar"] is None:
         return [f"No goal to compare with: re-noising at {REFERENCE_STEPS} steps was not run."]
     bar = ", ".join(
-        f"{TITLES[name][0]} {figure['mean']:.1f} ({figure['min']:.1f} to {figure['max']:.1f})"
+        f"{TITLES[name][0]} {figure['mean']:.1f} ± {figure['sd']:.1f}"
         for name, figure in found["bar"].items()
     )
     few = [f"{row['scheduler']} {row['spacing']}" for row in found["few"]]
     early = [
         f"{row['scheduler']} {row['spacing']} of {row['steps']} steps by patience "
-        f"{one['patience']}, entropy {one['max_entropy']:g} ({one['nfe_mean']:.1f})"
+        f"{one['patience']}, entropy {bound(one)} ({one['nfe_mean']:.1f})"
         for row, one in found["stopping"]
     ]
     return [
-        f"- Re-noising at {REFERENCE_STEPS} evaluations, the better spacing of each metric: {bar}.",
-        f"- No worse at {GOAL_STEPS} evaluations, in both metrics: {', '.join(few) or 'none'}.",
-        f"- No worse with stopping at {GOAL_STEPS} evaluations or fewer on average: "
+        f"- Re-noising at {REFERENCE_STEPS} evaluations, uniform spacing: {bar}.",
+        f"- Within the seeds' spread of that at {GOAL_STEPS} evaluations, in both metrics: "
+        f"{', '.join(few) or 'none'}.",
+        f"- The same with stopping, at {GOAL_STEPS} evaluations or fewer on average: "
         f"{', '.join(early) or 'none'}.",
     ]
 
@@ -99,9 +100,14 @@ def _rules_table(result: dict[str, Any]) -> list[str]:
         for one in row["stopped"] if row["steps"] > GOAL_STEPS else ():
             lines.append(
                 f"| {row['scheduler']} | {row['spacing']} | {row['steps']} | {one['patience']} | "
-                f"{one['max_entropy']:g} | {' | '.join(_stopped_cells(one))} |"
+                f"{bound(one)} | {' | '.join(_stopped_cells(one))} |"
             )
     return lines
+
+
+def bound(rule: dict[str, Any]) -> str:
+    """A rule's bound of the entropy in words."""
+    return "any" if rule["max_entropy"] is None else f"{rule['max_entropy']:g}"
 
 
 def _stopped_cells(figures: dict[str, Any]) -> Sequence[str]:

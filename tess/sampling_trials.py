@@ -45,6 +45,9 @@ SPACINGS: dict[str, dict[str, Any]] = {
 }
 """Settings of the times by name: over all times, or equal steps of the noisier half alone."""
 
+DIGITS = 4
+"""Decimals that are kept: a file of a whole grid has thousands of figures."""
+
 METRICS = (
     "sari", "bleu", "rougeL", "self_bleu", "distinct2", "repeated_words", "length_ratio",
     "exact_copies",
@@ -205,7 +208,8 @@ class Trials:
 
     def figures(self, written: Texts) -> dict[str, float]:
         """`METRICS` of the texts, and the mean and largest number of evaluations."""
-        nfe = {"nfe_mean": sum(written.nfe) / len(written.nfe), "nfe_max": max(written.nfe)}
+        mean = round(sum(written.nfe) / len(written.nfe), DIGITS)
+        nfe = {"nfe_mean": mean, "nfe_max": max(written.nfe)}
         return self.score(written.texts) | nfe
 
     def score(self, texts: Sequence[str]) -> dict[str, float]:
@@ -213,7 +217,7 @@ class Trials:
         key = tuple(texts)
         if key not in self._scores:
             found = score(texts, self.references, self.sources)
-            self._scores[key] = {name: found[name] for name in METRICS}
+            self._scores[key] = {name: round(found[name], DIGITS) for name in METRICS}
         return self._scores[key]
 
 

@@ -138,9 +138,12 @@ def test_rows_sum_up_the_seeds():
 
 
 def grid_result():
-    """Re-noising at 100 steps has 29 to 31; ddim reaches 29 in 8 steps, dpm_solver does not."""
-    cells = [cell(steps=100, seed=s, quality=29.0 + 2 * s, nfe=7.0 + s) for s in (0, 1)]
-    cells += [cell("ddim", quality=29.0), cell("dpm_solver", quality=28.9)]
+    """Re-noising at 100 steps has 30 ± 1; ddim reaches 29 in 8 steps, dpm_solver does not."""
+    spread = 2**-0.5  # of two seeds, for a standard deviation of 1
+    cells = [
+        cell(steps=100, seed=s, quality=30.0 + (2 * s - 1) * spread, nfe=7.0 + s) for s in (0, 1)
+    ]
+    cells += [cell("ddim", quality=29.0001), cell("dpm_solver", quality=28.9)]
     cells += [cell("ddim", steps=16, quality=30.0, nfe=8.5)]
     figures = cells[0]["full"]
     setting = {
@@ -151,15 +154,15 @@ def grid_result():
     return {"setting": setting, "rows": summarize(cells), "copy": figures, "environment": env}
 
 
-def test_goals_are_no_worse_than_the_lowest_seed_of_the_reference():
+def test_goals_are_within_the_spread_of_the_reference():
     found = goals(grid_result())
-    assert found["bar"]["sari"]["min"] == 29.0
+    assert found["bar"]["sari"]["mean"] == 30.0
     assert [row["scheduler"] for row in found["few"]] == ["ddim"]
     assert [(r["scheduler"], one["nfe_mean"]) for r, one in found["stopping"]] == [
         ("renoising", 7.5)
     ]
     table = format_sampling(grid_result())
-    assert "at 8 evaluations, in both metrics: ddim uniform." in table
+    assert "of that at 8 evaluations, in both metrics: ddim uniform." in table
     assert "| dpm_solver | uniform | 8 | 28.9 ± 0.0 |" in table
 
 

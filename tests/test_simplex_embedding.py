@@ -92,7 +92,7 @@ def test_rows_of_normals_are_those_of_the_whole_tensor():
     other = random.normal_at(keys[2:], torch.tensor([4]), 9, 960, 40, random.BULK_STREAM)
     assert not (other == one).any()
     streams = [getattr(random, name) for name in dir(random) if name.endswith("_STREAM")]
-    assert len(set(streams)) == len(streams) == 5
+    assert len(set(streams)) == len(streams) == 6
     with pytest.raises(ValueError, match="start must be a multiple of 64"):
         random.normal_at(keys, torch.arange(3), 9, 4, 40)
 

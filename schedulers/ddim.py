@@ -9,7 +9,8 @@ from diffusers import SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from tess.schedulers.simplex import NUM_TOP, CarriedSimplex, SoftTokens
+from tess.schedulers.carried import CarriedSimplex
+from tess.schedulers.simplex import NUM_TOP, SoftTokens
 from tess.schedulers.soft import NUM_SOFT_TOKENS, Sample, SoftScheduler, SoftSchedulerOutput
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from tess.kernels import random
 from tess.schedulers.base import SimplexScheduler
-from tess.schedulers.simplex import CarriedSimplex, DenseSimplex, SoftTokens
+from tess.schedulers.carried import CarriedSimplex
+from tess.schedulers.simplex import DenseSimplex, SoftTokens
 
 NUM_SOFT_TOKENS = 32
 """M, the likeliest tokens of a prediction that a carried simplex keeps."""

@@ -23,9 +23,10 @@ from tess.benchmarks import environment
 from tess.errors import UserError
 from tess.kernels import random
 from tess.kernels.order_statistics import EmbeddingMoments, embedding_moments
+from tess.schedulers.carried import CarriedSimplex
 from tess.schedulers.noise import alpha_bar
 from tess.schedulers.recoverability import auto_simplex_value
-from tess.schedulers.simplex import NUM_TOP, CarriedSimplex, SoftTokens
+from tess.schedulers.simplex import NUM_TOP, SoftTokens
 from tess.two_sample import Probes, compare, sample_keys, trained_like
 
 TIMES = (1.0, 0.9, 0.7, 0.5, 0.4, 0.3, 0.2, 0.1)

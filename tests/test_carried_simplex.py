@@ -19,7 +19,8 @@ from tess.kernels.carried_embedding import (
     merge_lists,
 )
 from tess.kernels.order_statistics import embedding_moments, largest_normals
-from tess.schedulers.simplex import CarriedSimplex, DenseSimplex, SoftTokens
+from tess.schedulers.carried import CarriedSimplex
+from tess.schedulers.simplex import DenseSimplex, SoftTokens
 from tess.two_sample import Probes, compare, sample_keys, trained_like
 
 VOCABULARY, WIDTH, SAMPLES = 400, 12, 4_096

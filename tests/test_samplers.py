@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from tess.schedulers import dpm_solver
+from tess.schedulers.carried import CarriedSimplex
 from tess.schedulers.ddim import SimplexDDIMScheduler, ddim_factors
 from tess.schedulers.dpm_solver import SimplexDPMSolverScheduler
 from tess.schedulers.euler import SimplexEulerScheduler
 from tess.schedulers.renoising import RenoisingScheduler
-from tess.schedulers.simplex import CarriedSimplex, DenseSimplex, SoftTokens
+from tess.schedulers.simplex import DenseSimplex, SoftTokens
 
 K, V = 2.0, 5
 KEYS = torch.tensor([11, -7, 2**40])

@@ -38,10 +38,10 @@ from tess.kernels.simplex_embedding import (
     DEVICE_DRAWN_VALUES,
     DRAWN_VALUES,
     SLAB_ROWS,
-    _bulk_noise,
-    _pad_rows,
-    _Rows,
-    _weighted_rows,
+    Rows,
+    bulk_noise,
+    pad_rows,
+    weighted_rows,
 )
 
 EMPTY = -1
@@ -101,21 +101,21 @@ def carried_embedding(
         return weight_VH.new_zeros(batch, length, width)
     dtype = maths_dtype(weight_VH)
     sigma_BL = sigma_BL.expand(batch, length)
-    rows = _Rows(torch.zeros_like(sigma_BL, dtype=torch.int64), sigma_BL, sigma_BL, keys_B, draw)
+    rows = Rows(torch.zeros_like(sigma_BL, dtype=torch.int64), sigma_BL, sigma_BL, keys_B, draw)
     with torch.autocast(weight_VH.device.type, enabled=False):
         moments = embedding_moments(weight_VH) if moments is None else moments
         lists = (ids_BLW.flatten(0, 1), logits_BLW.flatten(0, 1).double())
         ids_RJ, *weights = _draw(rows, *lists, vocabulary, num_top)
         excess_RJ, share_R, spread_R = (x.to(dtype) for x in weights)
-        x_RH = _weighted_rows(weight_VH, ids_RJ, excess_RJ)
+        x_RH = weighted_rows(weight_VH, ids_RJ, excess_RJ)
         x_RH.addcmul_(share_R[:, None], moments.sums.to(dtype))
         if num_top < vocabulary:
-            x_RH.addcmul_(spread_R[:, None], _bulk_noise(rows, moments.factor.to(dtype)))
+            x_RH.addcmul_(spread_R[:, None], bulk_noise(rows, moments.factor.to(dtype)))
     return x_RH.to(weight_VH.dtype).view(batch, length, width)
 
 
 def _draw(
-    rows: _Rows, ids_RW: Tensor, logits_RW: Tensor, vocabulary: int, num_top: int
+    rows: Rows, ids_RW: Tensor, logits_RW: Tensor, vocabulary: int, num_top: int
 ) -> CarriedWeights:
     """Ids and weights of all rows, some of them at a time."""
     values = DRAWN_VALUES if ids_RW.device.type == "cpu" else DEVICE_DRAWN_VALUES
@@ -123,7 +123,7 @@ def _draw(
     fields = (rows.keys_R, rows.positions_R, rows.sigma_R.double(), ids_RW, logits_RW)
     pieces = []
     for keys_R, positions_R, sigma_R, ids, logits in zip(
-        *(_pad_rows(field).split(step) for field in fields)
+        *(pad_rows(field).split(step) for field in fields)
     ):
         place = (keys_R, positions_R, rows.counter)
         largest = largest_normals(*place, vocabulary, num_top)

@@ -85,7 +85,7 @@ def simplex_embedding(
     if token_ids_BL.numel() == 0:
         return weight_VH.new_zeros(*token_ids_BL.shape, weight_VH.shape[1])
     scales = (2 * signal_BL.expand_as(token_ids_BL), noise_BL.expand_as(token_ids_BL))
-    rows = _Rows(token_ids_BL, *scales, keys_B, counter, use_triton(weight_VH, backend))
+    rows = Rows(token_ids_BL, *scales, keys_B, counter, use_triton(weight_VH, backend))
     with torch.autocast(weight_VH.device.type, enabled=False):
         if noise == "dense":
             x_RH = _DenseEmbedding.apply(weight_VH, rows)
@@ -95,7 +95,7 @@ def simplex_embedding(
     return x_RH.view(*token_ids_BL.shape, -1)
 
 
-class _Rows:
+class Rows:
     """The positions of all examples in a row, and what is known of each."""
 
     def __init__(
@@ -127,7 +127,7 @@ class _Rows:
                 yield slice(first, min(first + SLAB_ROWS, start + self.length))
 
 
-def _pad_rows(x: Tensor, multiple: int = SLAB_ROWS) -> Tensor:
+def pad_rows(x: Tensor, multiple: int = SLAB_ROWS) -> Tensor:
     """Zero rows behind x up to the next multiple."""
     missing = -len(x) % multiple
     return torch.cat([x, x.new_zeros(missing, *x.shape[1:])]) if missing else x
@@ -136,7 +136,7 @@ def _pad_rows(x: Tensor, multiple: int = SLAB_ROWS) -> Tensor:
 # ---- order statistics ----
 
 
-def _sampled(weight_VH: Tensor, rows: _Rows, num_top: int, moments: EmbeddingMoments) -> Tensor:
+def _sampled(weight_VH: Tensor, rows: Rows, num_top: int, moments: EmbeddingMoments) -> Tensor:
     if rows.triton:
         from tess.kernels.triton.simplex_embedding import simplex_embedding as run
 
@@ -145,14 +145,14 @@ def _sampled(weight_VH: Tensor, rows: _Rows, num_top: int, moments: EmbeddingMom
     return _SampledEmbedding.apply(weight_VH, rows, *tokens, moments)
 
 
-def _draw_tokens(rows: _Rows, vocabulary: int, num_top: int) -> tuple[Tensor, TokenWeights]:
+def _draw_tokens(rows: Rows, vocabulary: int, num_top: int) -> tuple[Tensor, TokenWeights]:
     """Ids [R, J] and weights of the true token and the top ones, some rows at a time."""
     values = DRAWN_VALUES if rows.ids_R.device.type == "cpu" else DEVICE_DRAWN_VALUES
     step = max(1, values // (num_top * SLAB_ROWS)) * SLAB_ROWS
     fields = (rows.keys_R, rows.positions_R, rows.ids_R, rows.gap_R, rows.sigma_R)
     pieces = []
     for keys_R, positions_R, ids_R, gap_R, sigma_R in zip(
-        *(_pad_rows(field).split(step) for field in fields)
+        *(pad_rows(field).split(step) for field in fields)
     ):
         largest = largest_normals(keys_R, positions_R, rows.counter, vocabulary - 1, num_top)
         weights = token_weights(gap_R.double(), sigma_R.double(), largest, vocabulary - 1)
@@ -176,10 +176,10 @@ class _SampledEmbedding(torch.autograd.Function):
         # the sum over all rows gives every token its share, so these tokens get the rest
         excess_RJ = (tokens.weights_RJ - tokens.share_R[:, None]).to(dtype)
         share_R, spread_R = tokens.share_R.to(dtype), tokens.spread_R.to(dtype)
-        x_RH = _weighted_rows(weight_VH, ids_RJ, excess_RJ)
+        x_RH = weighted_rows(weight_VH, ids_RJ, excess_RJ)
         x_RH.addcmul_(share_R[:, None], moments.sums.to(dtype))
         if ids_RJ.shape[1] < len(weight_VH):
-            x_RH.addcmul_(spread_R[:, None], _bulk_noise(rows, moments.factor.to(dtype)))
+            x_RH.addcmul_(spread_R[:, None], bulk_noise(rows, moments.factor.to(dtype)))
         ctx.save_for_backward(ids_RJ, excess_RJ, share_R)
         ctx.like = weight_VH.shape, weight_VH.dtype
         return x_RH.to(weight_VH.dtype)
@@ -198,7 +198,7 @@ class _SampledEmbedding(torch.autograd.Function):
         return gradient_VH.to(dtype), None, None, None, None
 
 
-def _bulk_noise(rows: _Rows, factor_HH: Tensor) -> Tensor:
+def bulk_noise(rows: Rows, factor_HH: Tensor) -> Tensor:
     """L z for every row, z standard normal, [R, H]."""
     z_RH = random.normal_at(
         rows.keys_R, rows.positions_R, rows.counter, 0, len(factor_HH), random.BULK_STREAM
@@ -206,7 +206,7 @@ def _bulk_noise(rows: _Rows, factor_HH: Tensor) -> Tensor:
     on_cpu = z_RH.device.type == "cpu"
     products = []
     for slab in rows.slabs():
-        part_RH = _pad_rows(z_RH[slab]) if on_cpu else z_RH[slab]
+        part_RH = pad_rows(z_RH[slab]) if on_cpu else z_RH[slab]
         products.append((part_RH @ factor_HH.T)[: slab.stop - slab.start])
     return torch.cat(products)
 
@@ -216,7 +216,7 @@ def _gathered_rows(ids_RJ: Tensor, x_RH: Tensor) -> int:
     return max(1, values // (ids_RJ.shape[1] * x_RH.shape[1]))
 
 
-def _weighted_rows(weight_VH: Tensor, ids_RJ: Tensor, weights_RJ: Tensor) -> Tensor:
+def weighted_rows(weight_VH: Tensor, ids_RJ: Tensor, weights_RJ: Tensor) -> Tensor:
     """sum_j weights_j E_(ids_j), [R, H] in the weights' dtype."""
     if weight_VH.dtype == weights_RJ.dtype:
         # the gathered rows [R, J, H] never exist
@@ -285,14 +285,14 @@ class _DenseEmbedding(torch.autograd.Function):
 
 
 def _stream(
-    weight_VH: Tensor, rows: _Rows, slab: slice, dtype: torch.dtype
+    weight_VH: Tensor, rows: Rows, slab: slice, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """softmax(x) E and log-sum-exp of a slab's rows, with a running maximum and sum."""
     sums_RH = total_R1 = top_R1 = None
     for tile in _tiles(len(weight_VH)):
         logits_RT = _tile_logits(rows, slab, tile, dtype)
         if logits_RT.device.type == "cpu":
-            logits_RT = _pad_rows(logits_RT)
+            logits_RT = pad_rows(logits_RT)
         new_R1 = logits_RT.max(dim=1, keepdim=True).values
         if top_R1 is None:
             top_R1, total_R1 = new_R1, torch.zeros_like(new_R1)
@@ -311,7 +311,7 @@ def _tiles(vocabulary: int) -> Iterator[slice]:
         yield slice(start, min(start + VOCABULARY_TILE, vocabulary))
 
 
-def _tile_logits(rows: _Rows, slab: slice, tile: slice, dtype: torch.dtype) -> Tensor:
+def _tile_logits(rows: Rows, slab: slice, tile: slice, dtype: torch.dtype) -> Tensor:
     """The logits [R, T], up to the shift that leaves -signal out."""
     width = tile.stop - tile.start
     if rows.triton:

@@ -5,7 +5,6 @@
 import math
 import reprlib
 from collections.abc import Sequence
-from importlib import import_module
 from numbers import Integral, Real
 from typing import Literal
 
@@ -28,14 +27,6 @@ TIME_TOLERANCE = 1e-6
 
 SMALLEST_SCALE = 1e-30
 """What solvers take for no signal or no noise, to divide by it; cosine has 6e-17 at t = 1."""
-
-FAMILY = {
-    "RenoisingScheduler": "tess.schedulers.renoising",
-    "SimplexDDIMScheduler": "tess.schedulers.ddim",
-    "SimplexDPMSolverScheduler": "tess.schedulers.dpm_solver",
-    "SimplexEulerScheduler": "tess.schedulers.euler",
-}
-"""Names and modules of the schedulers that take each other's config."""
 
 
 class SimplexScheduler(SchedulerMixin, ConfigMixin):
@@ -72,7 +63,9 @@ class SimplexScheduler(SchedulerMixin, ConfigMixin):
     @classmethod
     def _get_compatibles(cls) -> list[type["SimplexScheduler"]]:
         # diffusers looks the names up in its own package, where these are not
-        return [getattr(import_module(module), name) for name, module in FAMILY.items()]
+        from tess.schedulers.family import SAMPLERS
+
+        return list(SAMPLERS.values())
 
     def _set_up(self) -> None:
         """Check the shared settings, which are in the config, and start without timesteps."""

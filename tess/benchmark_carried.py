@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tess.benchmark_law import ENERGY_ROWS, MIN_SAMPLES, _label, read_matrix
-from tess.benchmarks import environment
+from tess.benchmark_law import ENERGY_ROWS, MIN_SAMPLES, read_matrix
+from tess.benchmarks import checkpoint_label, environment
 from tess.errors import UserError
 from tess.kernels import random
 from tess.kernels.order_statistics import EmbeddingMoments, embedding_moments
@@ -91,7 +91,7 @@ def benchmark_carried(
             rows.append(head | _figures(samples[name], dense_TNH, place, probes))
     return {
         "benchmark": "carried",
-        "embedding": "synthetic" if embedding is None else _label(embedding),
+        "embedding": "synthetic" if embedding is None else checkpoint_label(embedding),
         "vocab_size": vocab_size,
         "width": width,
         "simplex_value": k,

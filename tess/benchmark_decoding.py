@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from tess.backbones.causal_lm import HybridForCausalLM
 from tess.backbones.released import save_released
-from tess.benchmarks import environment
-from tess.cli import CHECKOUT
+from tess.benchmarks import checkpoint_label, environment
 from tess.collators import pad_sources
 from tess.decoders import ArDecoder, load_decoder
 from tess.errors import UserError
@@ -51,7 +50,7 @@ def benchmark_decoding(
         UserError: no predictor in the checkpoint, or more rows than are packaged.
     """
     decoder = load_decoder(checkpoint, "ar+mtp", getattr(torch, dtype))
-    sources = _sources(decoder, rows)
+    sources = packaged_sources(decoder, rows)
     systems: dict[str, Writes] = {"ar": partial(_plain, decoder)}
     for k in drafts:
         systems[f"ar+mtp, {k} drafted"] = partial(_drafted, decoder, k)
@@ -64,7 +63,7 @@ def benchmark_decoding(
         ]
     return {
         "benchmark": "decoding",
-        "checkpoint": _label(checkpoint),
+        "checkpoint": checkpoint_label(checkpoint),
         "rival": "transformers NemotronHForCausalLM.generate",
         "rows": figures,
         "sources": rows,
@@ -73,12 +72,6 @@ def benchmark_decoding(
         "parameters": sum(p.numel() for p in decoder.model.parameters()),
         "environment": environment(),
     }
-
-
-def _label(checkpoint: Path) -> str:
-    """Its path, from the root of the repository where it lies in there."""
-    path = checkpoint.resolve()
-    return str(path.relative_to(CHECKOUT) if path.is_relative_to(CHECKOUT) else checkpoint)
 
 
 class _Rival:
@@ -103,7 +96,12 @@ def rival_model(model: HybridForCausalLM) -> nn.Module:
     return rival.to(model.device)
 
 
-def _sources(decoder: ArDecoder, rows: int) -> list[list[int]]:
+def packaged_sources(decoder: ArDecoder, rows: int) -> list[list[int]]:
+    """So many packaged sources as ids, by rising length.
+
+    Raises:
+        UserError: for more than there are.
+    """
     texts = [example.source for split in SPLITS for example in load_task(TASK, split)]
     if not 1 <= rows <= len(texts):
         raise UserError(f"--rows must be from 1 to the {len(texts)} packaged sources, got {rows}")
@@ -138,9 +136,7 @@ def _compare(
                     texts[name] += written
                     for key, value in counted.items():
                         counts[name][key] += value
-    return [
-        _figures(name, size, times, texts, counts[name], len(sources)) for name in systems
-    ]
+    return [_figures(name, size, times, texts, counts[name], len(sources)) for name in systems]
 
 
 def _run(

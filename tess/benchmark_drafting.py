@@ -8,8 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tess.benchmark_decoding import _label, _sources
-from tess.benchmarks import environment
+from tess.benchmark_decoding import packaged_sources
+from tess.benchmarks import checkpoint_label, environment
 from tess.decoders import DECODERS, Decoder, Generation, load_decoder
 from tess.draft_verify import DraftVerifyDecoder
 
@@ -54,7 +54,7 @@ def benchmark_drafting(
         UserError: a checkpoint without one of the models, or more rows than are packaged.
     """
     decoders = {name: load_decoder(checkpoint, name) for name in DECODERS}
-    sources = _sources(decoders["ar"], rows)
+    sources = packaged_sources(decoders["ar"], rows)
     systems = _systems(decoders, num_inference_steps, redraft_steps, redraft_every, seed)
     figures = []
     for size in batch_sizes:
@@ -62,7 +62,7 @@ def benchmark_drafting(
         figures += _compare(systems, batches, size, repeats)
     return {
         "benchmark": "drafting",
-        "checkpoint": _label(checkpoint),
+        "checkpoint": checkpoint_label(checkpoint),
         "rows": figures,
         "sources": rows,
         "dtype": "float32",

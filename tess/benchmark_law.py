@@ -18,8 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn import functional as F
 
-from tess.benchmarks import environment
-from tess.cli import CHECKOUT
+from tess.benchmarks import checkpoint_label, environment
 from tess.errors import UserError
 from tess.kernels import random
 from tess.kernels.order_statistics import (
@@ -89,7 +88,7 @@ def benchmark_law(
             rows.append({"time": t, "sigma": scales["sigma"], "sampler": name, **figures})
     return {
         "benchmark": "law",
-        "embedding": "synthetic" if embedding is None else _label(embedding),
+        "embedding": "synthetic" if embedding is None else checkpoint_label(embedding),
         "vocab_size": vocab_size,
         "width": width,
         "simplex_value": k,
@@ -238,12 +237,6 @@ def read_matrix(path: Path) -> Tensor:
 def median_token(weight_VH: Tensor) -> int:
     """The token whose row is neither near to the mean row nor far from it."""
     return int((weight_VH - weight_VH.mean(0)).norm(dim=1).median(dim=0).indices)
-
-
-def _label(path: Path) -> str:
-    """From the root of the repository where it lies in there, or else its own name only."""
-    path = path.resolve()
-    return str(path.relative_to(CHECKOUT)) if path.is_relative_to(CHECKOUT) else path.name
 
 
 def _check(

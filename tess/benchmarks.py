@@ -6,9 +6,12 @@ import time
 from collections.abc import Callable
 from datetime import date
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from tess.cli import CHECKOUT
 
 HIDDEN_256 = {
     "vocab_size": 1024, "hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -17,6 +20,12 @@ HIDDEN_256 = {
     "moe_intermediate_size": 128, "moe_shared_expert_intermediate_size": 256,
     "moe_latent_size": 64,
 }  # fmt: skip
+
+
+def checkpoint_label(path: Path) -> str:
+    """From the root of the repository where it lies in there, or else its own name only."""
+    path = path.resolve()
+    return str(path.relative_to(CHECKOUT)) if path.is_relative_to(CHECKOUT) else path.name
 
 
 def environment() -> dict[str, Any]:

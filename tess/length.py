@@ -85,12 +85,6 @@ def median_lengths(log_probs_BN: Tensor) -> Tensor:
     return quantile_lengths(log_probs_BN, 0.5)
 
 
-def mean_lengths(log_probs_BN: Tensor) -> Tensor:
-    """The expected length [B], in the log-probabilities' dtype."""
-    lengths_N = torch.arange(1, log_probs_BN.shape[1] + 1, device=log_probs_BN.device)
-    return log_probs_BN.exp() @ lengths_N.to(log_probs_BN)
-
-
 def length_loss(
     log_probs_BN: Tensor, target_lengths_B: Tensor, included_B: Tensor | None = None
 ) -> Tensor:

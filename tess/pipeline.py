@@ -3,7 +3,7 @@
 # B examples, N candidates of each, S source positions, L target positions, V vocabulary, H hidden
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tess.backbones.causal_lm import HybridForCausalLM
 from tess.blocks import Blocks
+from tess.callbacks import SHOWN, StepCallback, check_shown, step_hook
 from tess.config import TessConfig
 from tess.control import FREE, TokenProcessor, fixed_canvas
 from tess.denoiser import TessDenoiser
@@ -28,7 +29,6 @@ from tess.sampling import Batch, Denoised, SamplingSettings, StepHook, TraceHook
 from tess.schedulers import family  # noqa: F401  diffusers loads components from imported modules
 from tess.schedulers.base import SimplexScheduler
 from tess.schedulers.stopping import StoppingRule, text_mask
-from tess.self_conditioning import Prediction
 from tess.sources import (
     Context,
     derived_keys,
@@ -43,8 +43,6 @@ from tess.trace import StepTrace
 
 DEFAULT_INFERENCE_STEPS = 16
 """Or the scheduler's training steps, where these are fewer."""
-
-StepCallback = Callable[["TessPipeline", int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
 
 
 @dataclass
@@ -86,7 +84,7 @@ class TessPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "denoiser"
-    _callback_tensor_inputs = ["token_ids", "log_probs", "entropies", "hidden_state", "logits"]
+    _callback_tensor_inputs = list(SHOWN)  # where diffusers looks for it
 
     def __init__(
         self,
@@ -206,7 +204,9 @@ class TessPipeline(DiffusionPipeline):
         """
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        self._check_arguments(output_type, callback_on_step_end_tensor_inputs)
+        check_shown(callback_on_step_end_tensor_inputs)
+        if output_type not in ("text", "seq"):
+            raise UserError(f"output_type must be 'text' or 'seq', got {output_type!r}")
         settings = SamplingSettings(
             top_p=top_p, temperature=temperature, stopping=stopping,
             confidence_threshold=confidence_threshold, logits_processor=logits_processor,
@@ -228,7 +228,7 @@ class TessPipeline(DiffusionPipeline):
         keys = derived_keys(keys, num_candidates, "candidate")
         hook = None
         if callback_on_step_end is not None:
-            hook = self._hook(callback_on_step_end, callback_on_step_end_tensor_inputs)
+            hook = step_hook(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
         options = {
             "settings": settings,
             "hook": hook,
@@ -306,57 +306,6 @@ class TessPipeline(DiffusionPipeline):
             return torch.full_like(target_mask, pad)
         fixed_tokens = fixed_tokens.to(target_mask.device)
         return fixed_tokens.masked_fill(fixed_tokens == FREE, pad)
-
-    def _hook(self, callback: Any, names: Sequence[str]) -> StepHook:
-        """The user's callback as the loop calls it."""
-
-        def hook(
-            step: int, timestep: Tensor, prediction: Prediction, hidden_BLH: Tensor, batch: Batch
-        ) -> Prediction:
-            made = {
-                "hidden_state": lambda: hidden_BLH,
-                "logits": lambda: self.denoiser.logits(hidden_BLH),
-            }
-            tensors = {
-                name: made[name]() if name in made else getattr(prediction, name) for name in names
-            }
-            returned = callback(self, step, timestep, dict(tensors)) or {}
-            # diffusers' callbacks give back all they were given
-            new = {name: x for name, x in returned.items() if x is not tensors.get(name)}
-            return self._replaced(prediction, new)
-
-        return hook
-
-    def _replaced(self, prediction: Prediction, changed: dict[str, Tensor]) -> Prediction:
-        """The prediction with what a callback returned; logits replace its soft part."""
-        if unknown := sorted(set(changed) - {"token_ids", "logits"}):
-            raise UserError(
-                f"callback_on_step_end may return token_ids and logits, got {', '.join(unknown)}"
-            )
-        if "token_ids" in changed and self.scheduler.reads != "tokens":
-            raise UserError(
-                f"callback_on_step_end returned token_ids, but {type(self.scheduler).__name__} "
-                "goes on with the whole prediction; only the re-noising scheduler takes tokens"
-            )
-        token_ids = changed.get("token_ids", prediction.token_ids)
-        if "logits" not in changed:
-            return replace(prediction, token_ids=token_ids)
-        kind = self.denoiser.config.self_conditioning
-        if kind is None or "projection" in kind:
-            raise UserError(
-                f"callback_on_step_end returned logits, which self_conditioning={kind!r} does not "
-                "read"
-            )
-        return replace(prediction, token_ids=token_ids, embedding=None, logits=changed["logits"])
-
-    def _check_arguments(self, output_type: str, tensor_inputs: Sequence[str]) -> None:
-        if output_type not in ("text", "seq"):
-            raise UserError(f"output_type must be 'text' or 'seq', got {output_type!r}")
-        if unknown := sorted(set(tensor_inputs) - set(self._callback_tensor_inputs)):
-            raise UserError(
-                f"callback_on_step_end_tensor_inputs may name "
-                f"{', '.join(self._callback_tensor_inputs)}, got {', '.join(unknown)}"
-            )
 
     def _set_timesteps(self, steps: int | None, timesteps: Sequence[float] | None) -> None:
         device = self._execution_device

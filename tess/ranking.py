@@ -65,7 +65,10 @@ def choose_candidates(
     texts = [decode(tokenizer, row) for row in sequences.tolist()]
     mean_BN = (log_probs.double() * inside).sum(dim=1) / inside.sum(dim=1)
     mean_BN = mean_BN.view(batch, count)
-    targets = [row[kept].tolist() for row, kept in zip(sequences, inside, strict=True)]
+    # padding may stand amid a text, which is read without it; a text of nothing else stays
+    padding = {tokenizer.pad_token_id} - {tokenizer.eos_token_id}
+    written = [row[kept].tolist() for row, kept in zip(sequences, inside, strict=True)]
+    targets = [[token for token in row if token not in padding] or row for row in written]
     grouped = _grouped(texts, count)
     chosen = choose(
         choose_by,

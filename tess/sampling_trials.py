@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tess.benchmark_decoding import _label
+from tess.benchmarks import checkpoint_label
 from tess.decoders import load_decoder
 from tess.errors import UserError
 from tess.loading import Example, load_rows
@@ -129,7 +129,7 @@ class Trials:
     ) -> "Trials":
         """Of the decoder `tess` of a checkpoint folder."""
         pipeline = load_decoder(checkpoint, "tess", dtype).pipeline
-        return cls(pipeline, data, batch_size, _label(checkpoint))
+        return cls(pipeline, data, batch_size, checkpoint_label(checkpoint))
 
     def use(self, variant: str, spacing: str | None = None) -> None:
         """Sample with one of `VARIANTS` at one of `SPACINGS`; None keeps the checkpoint's."""

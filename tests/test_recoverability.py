@@ -281,3 +281,20 @@ def test_mistakes_are_named():
     for bad in (0.0, 1.5):
         with pytest.raises(ValueError, match=r"uniform_share must be in \(0, 1\]"):
             RecoverabilityDensity(alpha_bar, 10, uniform_share=bad)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_a_grid_above_a_lowest_time_has_equal_steps_down_to_it(share):
+    vocabulary, lowest, steps = 4096, 0.3, 5
+    times = recoverability_grid(steps, alpha_bar, vocabulary, share, lowest)
+    assert times[0] == 1 and times[-1] > lowest
+    told = recoverability(alpha_bar(torch.cat([times, times.new_tensor([lowest])])), vocabulary)
+    done = torch.lerp(
+        (told - told[0]) / (1 - told[0]), 1 - torch.cat([times, times.new_tensor([lowest])]), share
+    )
+    torch.testing.assert_close(done.diff(), (done[-1] / steps).expand(steps), rtol=0, atol=1e-9)
+    whole = recoverability_grid(steps, alpha_bar, vocabulary, share)
+    assert torch.equal(whole, recoverability_grid(steps, alpha_bar, vocabulary, share, 0.0))
+    assert whole[-1] < times[-1]
+    with pytest.raises(ValueError, match=r"lowest must be in \[0, 1\), got 1.0"):
+        recoverability_grid(steps, alpha_bar, vocabulary, share, 1.0)

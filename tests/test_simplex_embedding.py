@@ -257,7 +257,7 @@ def test_ids_are_distinct_and_uniform_in_a_large_vocabulary():
 @pytest.mark.parametrize("vocabulary, num_top", [(2, 1), (3, 1), (3, 2), (40, 7), (40, 39)])
 def test_the_true_token_is_never_among_the_top(vocabulary, num_top):
     ids = torch.arange(vocabulary).repeat(40)[None]
-    rows = module._Rows(ids, torch.ones(ids.shape), torch.ones(ids.shape), torch.tensor([5]), 0)
+    rows = module.Rows(ids, torch.ones(ids.shape), torch.ones(ids.shape), torch.tensor([5]), 0)
     drawn, _ = module._draw_tokens(rows, vocabulary, num_top)
     assert torch.equal(drawn[:, 0], ids[0])
     assert (drawn[:, 1:] != drawn[:, :1]).all()
@@ -361,7 +361,7 @@ def test_a_token_in_many_positions_gathers_all_their_gradients():
     parts = torch.zeros_like(whole)
     for b in range(3):
         for t in range(40):
-            rows = module._Rows(
+            rows = module.Rows(
                 *(arguments[name][b : b + 1, t : t + 1] * factor
                   for name, factor in (("token_ids_BL", 1), ("signal_BL", 2), ("noise_BL", 1))),
                 arguments["keys_B"][b : b + 1], 4,

@@ -109,7 +109,7 @@ def test_functions_near_one_keep_the_digits_of_their_distance_from_it():
 def rows_of(tokens, vocabulary, gap, sigma, key=11, draw=4):
     tokens, gap, sigma = tokens[None], gap[None].float(), sigma[None].float()
     keys = torch.tensor([key])
-    return public._Rows(*(x.to(DEVICE) for x in (tokens, gap, sigma, keys)), draw)
+    return public.Rows(*(x.to(DEVICE) for x in (tokens, gap, sigma, keys)), draw)
 
 
 def both_draws(rows, vocabulary, num_top):

@@ -255,7 +255,7 @@ _forward_op.register_autograd(_gradients, setup_context=_save)
 
 
 def simplex_embedding(
-    weight_VH: Tensor, rows: "public._Rows", num_top: int, moments: EmbeddingMoments
+    weight_VH: Tensor, rows: "public.Rows", num_top: int, moments: EmbeddingMoments
 ) -> Tensor:
     """The embedding [R, H] by order statistics, as `tess.kernels.simplex_embedding` gives it."""
     vocabulary, dtype = len(weight_VH), maths_dtype(weight_VH)

@@ -3,7 +3,8 @@
 Letters: B batch, L positions of the block, S cached positions.
 """
 
-from collections.abc import Mapping
+from collections import UserDict
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
 
 import torch
@@ -39,7 +40,8 @@ class BlockContext:
     position_mask: Tensor | None
     attention_mask: Tensor | None
     is_causal: bool
-    outgoing: dict[int, MambaState | KeyValues] = field(default_factory=dict)
+    # FSDP hands a layer copies of the dicts in its arguments, and this one is to be written to
+    outgoing: MutableMapping[int, MambaState | KeyValues] = field(default_factory=UserDict)
     record: dict[int, MambaInputs | KeyValues] | None = None
 
 

@@ -11,11 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tess import evaluation
+from tess.bertscore import BertScore
 from tess.cli import default_checkpoint, run
 from tess.decoders import load_decoder
 from tess.errors import UserError
 from tess.evaluation_page import summary
 from tess.loading import load_rows
+from tess.protocols import PROTOCOLS
 from tess.sampler_options import add_sampler_flags, sampler_options
 from tess.tasks import DEFAULT_DATASET, TASKS, load_task
 
@@ -36,12 +38,16 @@ def build_parser() -> argparse.ArgumentParser:
     add("--target_column", default="target", help="column of --data (default: %(default)s)")
     add("--decoder", help="tess, ar, ar+mtp or tess+ar (default: tess, or ar where that is all)")
     add("--num_draft_tokens", type=int, help="tokens that ar+mtp drafts at a time (default: 3)")
+    add("--num_beams", type=int, help="beams of ar (default: 1, greedy search)")
+    add("--length_penalty", type=float, help="of --num_beams; higher, longer texts (default: 1)")
     add("--num_inference_steps", type=int, help="steps of tess (default: 16, or T if that is less)")
     add("--gen_length", type=int, help="canvas of every text (default: by length head or rule)")
     add(
         "--gold_length", action="store_true",
         help="diagnostic: the reference's own length as the canvas of tess",
     )  # fmt: skip
+    add("--protocol", help=f"also score by one of {', '.join(PROTOCOLS)}, with intervals and tests")
+    add("--bertscore", metavar="MODEL", help="add BERTScore by this model to --protocol")
     add("--limit", type=int, help="evaluate only the first rows")
     add("--seed", type=int, default=0, help="seed of the noise (default: %(default)s)")
     add("--batch_size", type=int, default=8, help="texts at once (default: %(default)s)")
@@ -62,6 +68,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         split, dataset = args.split or "test", args.dataset or DEFAULT_DATASET
         examples = load_task(args.task, split, dataset, args.limit)
         data = {"file": None, "task": args.task, "dataset": dataset, "split": split}
+    if args.bertscore and not args.protocol:
+        raise UserError("--bertscore goes with --protocol")
+    bertscore = BertScore(args.bertscore) if args.bertscore else None
     folder = evaluation.prepare_output_dir(args.output_dir)
     checkpoint = Path(args.checkpoint) if args.checkpoint else default_checkpoint()
     result = evaluation.evaluate(
@@ -70,6 +79,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             args.decoder,
             num_draft_tokens=args.num_draft_tokens,
             options=sampler_options(args),
+            num_beams=args.num_beams,
+            length_penalty=args.length_penalty,
         ),
         examples,
         checkpoint=str(checkpoint),
@@ -82,6 +93,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         limit=args.limit,
         progress=True,
         strict=args.strict,
+        protocol=args.protocol,
+        bertscore=bertscore,
     )
     paths = evaluation.write_report(result, folder)
     print(summary(result.report))

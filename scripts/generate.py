@@ -66,6 +66,15 @@ def make_parser() -> argparse.ArgumentParser:
         "--num_draft_tokens", type=int, metavar="N", help="drafted at a time by ar+mtp (default 3)"
     )
     parser.add_argument(
+        "--num_beams", type=int, metavar="N", help="beams of ar (default 1, greedy search)"
+    )
+    parser.add_argument(
+        "--length_penalty",
+        type=float,
+        metavar="A",
+        help="of --num_beams: a text's score is log p / tokens^A (default 1)",
+    )
+    parser.add_argument(
         "--num_inference_steps",
         type=int,
         metavar="N",
@@ -131,7 +140,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     sampler = sampler_options(args)
     start = time.perf_counter()
     decoder = load_decoder(
-        checkpoint, args.decoder, num_draft_tokens=args.num_draft_tokens, options=sampler
+        checkpoint,
+        args.decoder,
+        num_draft_tokens=args.num_draft_tokens,
+        options=sampler,
+        num_beams=args.num_beams,
+        length_penalty=args.length_penalty,
     )
     loaded = time.perf_counter()
     if args.trace is not None or args.live or args.template is not None:

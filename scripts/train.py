@@ -13,8 +13,10 @@ from tess.training import train
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    final = train(parse_settings(argv, description=__doc__))
-    print(f"saved {final}")
+    settings = parse_settings(argv, description=__doc__)
+    final = train(settings)
+    if settings.training.process_index == 0:
+        print(f"saved {final}")
     return 0
 
 

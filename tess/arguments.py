@@ -349,6 +349,19 @@ def _check_causal(settings: Settings) -> None:
         raise UserError(f"mtp_loss_scale must be above 0, got {causal.mtp_loss_scale}")
 
 
+def _check_unrolling(diffusion: DiffusionArguments) -> None:
+    if diffusion.unroll_steps < 1:
+        raise UserError(f"unroll_steps must be at least 1, got {diffusion.unroll_steps}")
+    if diffusion.unroll_steps > 1 and not diffusion.unroll_probability:
+        raise UserError("--unroll_steps does nothing without --unroll_probability")
+    without = diffusion.self_conditioning == "none" or not diffusion.self_conditioning_probability
+    if diffusion.unroll_probability and without:
+        raise UserError(
+            "--unroll_probability is a share of the batches with a first pass, and without "
+            "self-conditioning there are none"
+        )
+
+
 def _check(settings: Settings) -> None:
     model, data, run = settings.model, settings.data, settings.run
     if settings.training.output_dir in (None, "trainer_output"):
@@ -375,6 +388,7 @@ def _check(settings: Settings) -> None:
     for owner, name in (
         (run, "ema_decay"),
         (settings.diffusion, "self_conditioning_probability"),
+        (settings.diffusion, "unroll_probability"),
         (settings.diffusion, "source_drop_probability"),
     ):
         if not 0 <= getattr(owner, name) <= 1:
@@ -383,6 +397,7 @@ def _check(settings: Settings) -> None:
         raise UserError(
             f"length_loss_weight must not be negative, got {settings.diffusion.length_loss_weight}"
         )
+    _check_unrolling(settings.diffusion)
     for name in ("max_train_samples", "max_eval_samples"):
         if getattr(data, name) is not None and getattr(data, name) < 1:
             raise UserError(f"{name} must be at least 1, got {getattr(data, name)}")

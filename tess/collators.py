@@ -7,7 +7,8 @@ B examples, L canvas (target) positions, S source positions. A batch is a dict o
     noise_mask               [B, L]  long; 1 = noised and predicted, 0 = clean context or padding
     loss_weights             [B, L]  float32
 
-A row is `{"source": ids or None, "target": ids, "seed": int}`, ids without special tokens. All
+A row is `{"source": ids or None, "target": ids, "seed": int}`, ids without special tokens, and may
+have a "batch_seed" of what is drawn once for its batch (without it: the first row's seed). All
 randomness comes from the rows' seeds (see `tess.training_data`), so a batch is the same after a
 restart and with any number of loader workers. One objective is drawn per batch (not per example):
 batches with and without a source never mix.
@@ -143,7 +144,8 @@ class Collator:
     def __call__(self, rows: Sequence[Row], objective: str | None = None) -> dict[str, Tensor]:
         """Collate `rows` under `objective`, or under one drawn from the mixture."""
         # A stream of its own: the first row's example must not depend on which objective was drawn.
-        batch_rng = random.Random(f"objective {rows[0]['seed']}")
+        seed = rows[0].get("batch_seed", rows[0]["seed"])
+        batch_rng = random.Random(f"objective {seed}")
         draw = OBJECTIVES[objective or batch_rng.choice(self.objectives)](self, batch_rng)
         return self._pad([draw(row, random.Random(row["seed"])) for row in rows])
 

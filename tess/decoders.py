@@ -49,6 +49,7 @@ class Generation:
     num_first_accepted: of tess+ar: those of the first draft.
     num_verifications: of tess+ar: evaluations of the causal model, without that of the source.
     first: where there were several candidates, the first: what a single one would have been.
+    canvas_length: of tess and of the drafts of tess+ar: positions it was denoised on.
     """
 
     text: str
@@ -60,6 +61,7 @@ class Generation:
     num_first_accepted: int = 0
     num_verifications: int = 0
     first: "Generation | None" = None
+    canvas_length: int | None = None
 
 
 class Decoder(ABC):
@@ -68,6 +70,8 @@ class Decoder(ABC):
     name: str
     default_num_inference_steps: int | None = None
     num_draft_tokens: int | None = None
+    num_beams: int = 1
+    length_penalty: float | None = None
     # of the sampler, for reports; see `tess.evaluation.Decoder`
     scheduler_name: str | None = None
     timestep_spacing: str | None = None
@@ -283,7 +287,7 @@ class TessDecoder(Decoder):
                 )
             ]
         return [
-            replace(self._generation(ids[:length], nfe), first=first)
+            replace(self._generation(ids[:length], nfe), first=first, canvas_length=length)
             for ids, length, nfe, first in zip(
                 out.sequences.tolist(), out.lengths, out.nfe, firsts, strict=True
             )
@@ -410,6 +414,8 @@ def load_decoder(
     dtype: torch.dtype = torch.float32,
     num_draft_tokens: int | None = None,
     options: SamplerOptions | None = None,
+    num_beams: int | None = None,
+    length_penalty: float | None = None,
 ) -> Decoder:
     """Load the decoder called `decoder` from a checkpoint.
 
@@ -421,6 +427,7 @@ def load_decoder(
         num_draft_tokens: of ar+mtp, drafted at a time (3 unless given); changes speed alone.
         options: of tess: scheduler, stopping, guidance, candidates and the like. To choose by "ar"
             without a scorer takes the folder's own causal model.
+        num_beams, length_penalty: of ar, see `tess.beam_search`; 1 beam unless given, and 1.0.
 
     Raises:
         UserError: no such folder, no such decoder in it, or a checkpoint that cannot be used.
@@ -442,6 +449,9 @@ def load_decoder(
     kind, *verifier = name.removesuffix("+mtp").split("+")
     if not {kind, *verifier} <= set(found):
         raise UserError(f"{folder} has no decoder {name!r}; it has {', '.join(found)}")
+    from tess.beam_search import BeamDecoder, wants_beams  # made of the decoders here
+
+    beams = wants_beams(name, num_beams, length_penalty)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if options is not None and options.needs_scorer:
         if "ar" not in found:
@@ -452,9 +462,12 @@ def load_decoder(
         _refuse_options(options, name)
         return ArMtpDecoder(parts, DRAFT_TOKENS if num_draft_tokens is None else num_draft_tokens)
     if verifier:
-        from tess.draft_verify import DraftVerifyDecoder  # made of the decoders here
+        from tess.draft_verify import DraftVerifyDecoder
 
         return DraftVerifyDecoder(parts, load_parts(found["ar"], dtype, device), options=options)
+    if beams:
+        _refuse_options(options, name)
+        return BeamDecoder(parts, num_beams, length_penalty)
     return make_decoder(parts, options)
 
 

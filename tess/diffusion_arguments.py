@@ -87,6 +87,14 @@ class DiffusionArguments:
     self_conditioning_probability: float = option(
         0.5, "Share of training batches with a first pass."
     )
+    unroll_probability: float = option(
+        0.0,
+        "Share of these batches whose noised text is the model's own prediction from a noisier "
+        "time, so that it learns to mend its mistakes (SUNDAE).",
+    )
+    unroll_steps: int = option(
+        1, "Most steps of the sampler in such a batch, evenly likely from 1 to this number."
+    )
     deepmind_conditional: bool | None = option(
         None, "The SED variant of conditioning on the clean context."
     )

@@ -319,8 +319,8 @@ class DraftVerifyDecoder(Decoder):
             rows, keys, None, gen_length, top_p, temperature
         )
         return [
-            replace(text, nfe=text.nfe + drafted)
-            for text, drafted in zip(written, drafts.nfe, strict=True)
+            replace(text, nfe=text.nfe + drafted, canvas_length=length)
+            for text, drafted, length in zip(written, drafts.nfe, drafts.lengths, strict=True)
         ]
 
 

@@ -19,10 +19,13 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 import tess
+from tess.bertscore import BertScore
 from tess.errors import UserError
 from tess.evaluation_page import markdown
 from tess.loading import Example
 from tess.metrics import score
+from tess.protocol_report import protocol_section
+from tess.protocols import get_protocol
 from tess.schedulers.stopping import StoppingRule
 from tess.tokenization import encode_texts, target_layout
 
@@ -46,6 +49,8 @@ class Decoder(Protocol):
     num_parameters: int
     default_num_inference_steps: int | None  # None: it has no such thing
     num_draft_tokens: int | None  # None: it does not draft
+    num_beams: int  # 1: it does not search
+    length_penalty: float | None  # of the search
     tokenizer: PreTrainedTokenizerBase
 
     # How it samples; None: it does not sample so.
@@ -93,6 +98,8 @@ def evaluate(
     limit: int | None = None,
     progress: bool = False,
     strict: bool = False,
+    protocol: str | None = None,
+    bertscore: BertScore | None = None,
 ) -> Evaluation:
     """Generate one text per example (the first `limit` of them) and score them all.
 
@@ -104,10 +111,13 @@ def evaluate(
         gold_length: a diagnostic, marked in the report: each canvas is as long as the row's first
             reference, which no system can know.
         strict: a source that is too long is an error, not a warning and a cut.
+        protocol: a name of `tess.protocols`: the report gets a section of its figures with
+            intervals, beside those of the baselines.
+        bertscore: a loaded model, whose figure joins that section.
 
     Raises:
-        UserError: no example, a limit or batch size under 1, two lengths, or what the decoder
-        refuses.
+        UserError: no example, a limit or batch size under 1, two lengths, an unknown protocol,
+        BERTScore without a protocol, or what the decoder refuses.
     """
     if limit is not None and limit < 1:
         raise UserError(f"limit must be at least 1, got {limit}")
@@ -115,6 +125,10 @@ def evaluate(
         raise UserError(f"batch_size must be at least 1, got {batch_size}")
     if gold_length and gen_length is not None:
         raise UserError(f"gold_length and gen_length exclude each other, got both ({gen_length})")
+    if protocol is not None:
+        get_protocol(protocol)  # an unknown one is refused before the long run
+    elif bertscore is not None:
+        raise UserError("bertscore is part of a protocol's section; name a protocol as well")
     examples = list(examples[:limit])
     if not examples:
         raise UserError("expected at least one example to evaluate, got none")
@@ -145,6 +159,21 @@ def evaluate(
     if decoder.num_candidates > 1:
         metrics["first_candidate"] = score([one.text for one in firsts], references, sources)
     metrics["copy_source"] = score(sources, references, sources)
+    section = None
+    if protocol is not None:
+        several = decoder.num_candidates > 1
+        systems = {"system": texts}
+        if several:
+            systems["first_candidate"] = [one.text for one in firsts]
+        section = protocol_section(
+            protocol,
+            systems,
+            references,
+            sources,
+            task=data.get("task"),
+            samples=f"{decoder.num_candidates}-{decoder.choose_by}" if several else "1",
+            bertscore=bertscore,
+        )
     new_tokens = sum(int(generation.num_new_tokens) for generation in generations)
     report = {
         "checkpoint": checkpoint,
@@ -172,8 +201,11 @@ def evaluate(
         "milliseconds_per_token": 1e3 * seconds / new_tokens if new_tokens else None,
         "tokens_per_forward": new_tokens / sum(nfe),
         "num_draft_tokens": decoder.num_draft_tokens,
+        "num_beams": decoder.num_beams,
+        "length_penalty": decoder.length_penalty,
         "acceptance_length": _acceptance_length(decoder, generations, new_tokens),
         "metrics": metrics,
+        "protocol": section,
         "versions": _versions(),
         "machine": _machine(),
     }

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tess.protocol_report import protocol_lines, protocol_summary
+
 GOLD_LENGTH_LABEL = "Diagnostic: uses the reference's length."
 PAGE_TITLES = {
     "system": "system",
@@ -33,6 +35,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         f"BLEU: `{system['bleu_signature']}`; chrF: `{system['chrf_signature']}`. ROUGE, BLEU, "
         "chrF, SARI, self_bleu and ibleu run to 100; the others are ratios and counts.",
         "",
+        *(protocol_lines(report["protocol"]) if report["protocol"] else []),
         "| cost | |",
         "|---|---:|",
         f"| network evaluations per text, mean | {report['nfe_mean']:.2f} |",
@@ -81,6 +84,8 @@ def _sampler_settings(report: Mapping[str, Any]) -> dict[str, Any]:
         settings["length"] += f" ({report['gen_length']})"
     if report["num_candidates"] > 1:
         settings["candidates"] = f"{report['num_candidates']}, chosen by {report['choose_by']}"
+    if report["num_beams"] > 1:
+        settings["beams"] = f"{report['num_beams']}, length penalty {report['length_penalty']:g}"
     return {key: value for key, value in settings.items() if value is not None}
 
 
@@ -114,6 +119,7 @@ def summary(report: Mapping[str, Any]) -> str:
             *([GOLD_LENGTH_LABEL] if report["length"] == "gold" else []),
             f"{'':<18}" + "".join(f"{SHORT_TITLES[name]:>10}" for name in columns),
             *rows,
+            *(protocol_summary(report["protocol"]) if report["protocol"] else []),
             f"{nfe}; {report['new_tokens_per_second']:.1f} new tokens/s, "
             f"{report['tokens_per_forward']:.2f} tokens per evaluation",
         ]

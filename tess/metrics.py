@@ -27,111 +27,67 @@ ROUGE is rouge-score's with stemming; for Lsum, texts are split into sentences b
 there. A ratio over nothing is 0.
 """
 
-from collections import Counter
 from collections.abc import Sequence
-from itertools import chain, zip_longest
+from itertools import chain
 
-from rouge_score.rouge_scorer import RougeScorer
+import numpy as np
 from sacrebleu.metrics import BLEU, CHRF
 
-from tess.sari import check_parallel, sari, tokenize_13a
-from tess.sentences import split_sentences
+from tess.measures import ORDERS, ROUGE_TYPES, distinct_rows, measures, ngrams, ratio, rouge_rows
+from tess.metric_tokens import tokenize_13a_lower
 
-ROUGE_TYPES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
-ORDERS = (1, 2, 3, 4)
-IBLEU_ALPHA = 0.8
+_FIRST = (*ROUGE_TYPES, "bleu", "chrf", "sari", "sari_add", "sari_keep", "sari_delete")
+_FIRST += ("sari_evaluate", "self_bleu", "ibleu")
+_SIGNED = {"bleu": BLEU, "chrf": CHRF}
+_SURFACE = ("repeated_words", "copy_rate", "exact_copy_share", "length_ratio")
+_SURFACE += ("source_length_ratio",)
 
 
 def score(
     predictions: Sequence[str], references: Sequence[Sequence[str]], sources: Sequence[str]
 ) -> dict[str, float | int | str]:
     """All metrics of the table at the top of this module; rows may have different numbers of
-    references.
+    references. The figures are those of `tess.measures`.
 
     Raises:
         UserError: no rows, lists of different lengths, or a row without a reference.
     """
-    check_parallel(sources, predictions, references)
-    bleu = _sacrebleu(BLEU(), predictions, references)
-    chrf = _sacrebleu(CHRF(), predictions, references)
-    self_bleu = _sacrebleu(BLEU(), predictions, [[source] for source in sources])[0]
-    corpus_sari = sari(sources, predictions, references)
-    return {
-        **rouge(predictions, references),
-        "bleu": bleu[0],
-        "bleu_signature": bleu[1],
-        "chrf": chrf[0],
-        "chrf_signature": chrf[1],
-        "sari": corpus_sari.sari,
-        "sari_add": corpus_sari.add,
-        "sari_keep": corpus_sari.keep,
-        "sari_delete": corpus_sari.delete,
-        "sari_evaluate": sari(sources, predictions, references, protocol="evaluate").sari,
-        "self_bleu": self_bleu,
-        "ibleu": IBLEU_ALPHA * bleu[0] - (1 - IBLEU_ALPHA) * self_bleu,
-        **distinct(predictions),
-        **_surface(predictions, references, sources),
-    }
+    found = measures((*_FIRST, *_SURFACE), predictions, references, sources)
+    result: dict[str, float | int | str] = {}
+    for name in _FIRST:
+        result[name] = found[name].value
+        if name in _SIGNED:
+            result[f"{name}_signature"] = _signature(_SIGNED[name](), references)
+    result |= distinct(predictions)
+    for name in _SURFACE:
+        if name == "exact_copy_share":
+            result["exact_copies"] = int(found[name].rows[:, 0].sum())
+        else:
+            result[name] = found[name].value
+    result["empty_predictions"] = sum(not text.strip() for text in predictions)
+    result["rows"] = len(predictions)
+    return result
 
 
 def rouge(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
     """Mean ROUGE F1 (0-100), the best reference of each row for each type."""
-    scorer = RougeScorer(list(ROUGE_TYPES), use_stemmer=True)
-    totals = dict.fromkeys(ROUGE_TYPES, 0.0)
-    for prediction, row in zip(predictions, references, strict=True):
-        lined = "\n".join(split_sentences(prediction))
-        best = scorer.score_multi(["\n".join(split_sentences(r)) for r in row], lined)
-        for kind in ROUGE_TYPES:
-            totals[kind] += best[kind].fmeasure
-    return {kind: 100.0 * total / len(predictions) for kind, total in totals.items()}
+    rows = rouge_rows(predictions, references)
+    return {kind: 100.0 * float(values.mean()) for kind, values in rows.items()}
 
 
 def distinct(texts: Sequence[str]) -> dict[str, float]:
     """Distinct n-grams over all n-grams, n = 1 to 4: per text then averaged, and in one pool."""
-    tokens = [tokenize_13a(text) for text in texts]
+    tokens = [tokenize_13a_lower(text) for text in texts]
     per_text, pooled = {}, {}
     for n in ORDERS:
-        grams = [list(zip(*(row[i:] for i in range(n)), strict=False)) for row in tokens]
-        shares = [len(set(row)) / len(row) for row in grams if row]
-        pool = list(chain.from_iterable(grams))
-        per_text[f"distinct{n}"] = _ratio(sum(shares), len(shares))
-        pooled[f"corpus_distinct{n}"] = _ratio(len(set(pool)), len(pool))
+        per_text[f"distinct{n}"] = float(ratio(distinct_rows(tokens, n).sum(axis=0)))
+        pool = list(chain.from_iterable(ngrams(row, n) for row in tokens))
+        pooled[f"corpus_distinct{n}"] = float(ratio(np.array([len(set(pool)), len(pool)], float)))
     return per_text | pooled
 
 
-def _sacrebleu(
-    metric: BLEU | CHRF, predictions: Sequence[str], references: Sequence[Sequence[str]]
-) -> tuple[float, str]:
-    """Corpus score and signature. sacrebleu wants one list per reference number, None for gaps."""
-    streams = [list(stream) for stream in zip_longest(*references)]
-    result = metric.corpus_score(list(predictions), streams)
-    return float(result.score), str(metric.get_signature())
-
-
-def _surface(
-    predictions: Sequence[str], references: Sequence[Sequence[str]], sources: Sequence[str]
-) -> dict[str, float | int]:
-    tokens = [tokenize_13a(text) for text in predictions]
-    source_tokens = [tokenize_13a(text) for text in sources]
-    length = sum(map(len, tokens))
-    wanted = sum(sum(len(tokenize_13a(text)) for text in row) / len(row) for row in references)
-    repeats = sum(a == b for row in tokens for a, b in zip(row, row[1:], strict=False))
-    copied = sum(
-        (Counter(row) & Counter(source)).total()
-        for row, source in zip(tokens, source_tokens, strict=True)
-    )
-    return {
-        "repeated_words": _ratio(repeats, length),
-        "copy_rate": _ratio(copied, length),
-        "exact_copies": sum(
-            p.split() == s.split() for p, s in zip(predictions, sources, strict=True)
-        ),
-        "length_ratio": _ratio(length, wanted),
-        "source_length_ratio": _ratio(length, sum(map(len, source_tokens))),
-        "empty_predictions": sum(not text.strip() for text in predictions),
-        "rows": len(predictions),
-    }
-
-
-def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole else 0.0
+def _signature(metric: BLEU | CHRF, references: Sequence[Sequence[str]]) -> str:
+    """sacrebleu's own, of these numbers of references."""
+    numbers = {len(row) for row in references}
+    metric.num_refs = numbers.pop() if len(numbers) == 1 else -1
+    return str(metric.get_signature())

@@ -30,19 +30,17 @@ normalises output and references but not the source; we treat all three alike.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
+import numpy as np
 
 from tess.errors import UserError
+from tess.metric_tokens import Tokenize, tokenize_13a_lower
 
 MAX_ORDER = 4
 PROTOCOLS = ("easse", "original", "evaluate")
-Tokenize = Callable[[str], list[str]]
 Ngram = tuple[str, ...]
-
-_13A = Tokenizer13a()
 
 
 class Sari(NamedTuple):
@@ -54,17 +52,12 @@ class Sari(NamedTuple):
     delete: float
 
 
-def tokenize_13a(text: str) -> list[str]:
-    """Lower-cased mteval-v13a tokens."""
-    return _13A(text.lower()).split()
-
-
-def tokenize_split(text: str) -> list[str]:
+def tokenize_split(text: str) -> tuple[str, ...]:
     """Lower-cased text split at blanks, for text that is tokenised already."""
-    return text.lower().split()
+    return tuple(text.lower().split())
 
 
-TOKENIZERS: dict[str, Tokenize] = {"13a": tokenize_13a, "split": tokenize_split}
+TOKENIZERS: dict[str, Tokenize] = {"13a": tokenize_13a_lower, "split": tokenize_split}
 
 
 def sari(
@@ -86,15 +79,44 @@ def sari(
     if tokenize not in TOKENIZERS:
         raise UserError(f"unknown tokenisation {tokenize!r}; known are {sorted(TOKENIZERS)}")
     check_parallel(sources, predictions, references)
+    rows = sari_rows(sources, predictions, references, protocol=protocol, tokenize=tokenize)
+    return Sari(*sari_of_sums(rows.sum(axis=0), protocol=protocol).tolist())
+
+
+def sari_rows(
+    sources: Sequence[str],
+    predictions: Sequence[str],
+    references: Sequence[Sequence[str]],
+    *,
+    protocol: str = "easse",
+    tokenize: str = "13a",
+) -> np.ndarray:
+    """Statistics of each row, of whose sums `sari_of_sums` makes SARI.
+
+    [N, 36] for `easse`: agreed, done by the output, wanted by the references, of order 1 to 4, of
+    add, keep and delete. [N, 4] for the others: the row's add, keep and delete, and a 1.
+    """
     split = TOKENIZERS[tokenize]
-    rows = [
+    rows = (
         [_row_counts(source, prediction, refs, n, split) for n in range(1, MAX_ORDER + 1)]
         for source, prediction, refs in zip(sources, predictions, references, strict=True)
-    ]
+    )
     if protocol == "easse":
-        return _corpus_scores(rows)
-    scores = [_row_scores(row, if_empty=1.0 if protocol == "evaluate" else 0.0) for row in rows]
-    return Sari(*(sum(column) / len(scores) for column in zip(*scores, strict=True)))
+        return np.array([_row_amounts(row) for row in rows])
+    if_empty = 1.0 if protocol == "evaluate" else 0.0
+    return np.array([(*_row_scores(row, if_empty=if_empty), 1.0) for row in rows])
+
+
+def sari_of_sums(sums: np.ndarray, *, protocol: str = "easse") -> np.ndarray:
+    """[..., 4]: SARI, add, keep and delete, 0-100, of summed `sari_rows`."""
+    if protocol == "easse":
+        amounts = sums.reshape(*sums.shape[:-1], 3, MAX_ORDER, 3)
+        agreed, output, wanted = amounts[..., 0], amounts[..., 1], amounts[..., 2]
+        precision, recall = _divide(agreed, output), _divide(agreed, wanted)
+        parts = _divide(2 * precision * recall, precision + recall).mean(axis=-1)
+    else:
+        parts = _divide(sums[..., :3], sums[..., 3:])
+    return 100.0 * np.concatenate([parts.mean(axis=-1, keepdims=True), parts], axis=-1)
 
 
 def check_parallel(
@@ -129,7 +151,7 @@ def _row_counts(source: str, prediction: str, refs: Sequence[str], n: int, split
     return _Counts(_ngrams(split(source), n), _ngrams(split(prediction), n), mean)
 
 
-def _ngrams(tokens: list[str], n: int) -> Counter[Ngram]:
+def _ngrams(tokens: tuple[str, ...], n: int) -> Counter[Ngram]:
     return Counter(zip(*(tokens[i:] for i in range(n)), strict=False))
 
 
@@ -177,30 +199,31 @@ def _f1(precision: float, recall: float) -> float:
     return 2 * precision * recall / total if total > 0 else 0.0
 
 
+def _divide(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """0 where the whole is 0."""
+    whole = np.broadcast_to(whole, part.shape)
+    return np.divide(part, whole, out=np.zeros(part.shape), where=whole > 0)
+
+
 def _ratio(part: float, whole: float, if_empty: float = 0.0) -> float:
     return part / whole if whole > 0 else if_empty
 
 
-def _sari(add: float, keep: float, delete: float) -> Sari:
-    return Sari(*(100.0 * part for part in ((add + keep + delete) / 3, add, keep, delete)))
+def _row_amounts(row: list[_Counts]) -> list[float]:
+    """Sums over the n-grams of a row: operations, then orders, then agreed, output, wanted."""
+    amounts = [
+        operation(counts)
+        for operation in (_added, _kept, lambda counts: _deleted(counts, leftover=False))
+        for counts in row
+    ]
+    return [
+        sum(part.values()) for each in amounts for part in (each.agreed, each.output, each.wanted)
+    ]
 
 
-def _corpus_scores(rows: list[list[_Counts]]) -> Sari:
-    parts = []
-    for operation in (_added, _kept, lambda counts: _deleted(counts, leftover=False)):
-        f1s = []
-        for order in zip(*rows, strict=True):
-            amounts = [operation(counts) for counts in order]
-            agreed = sum(sum(a.agreed.values()) for a in amounts)
-            precision = _ratio(agreed, sum(sum(a.output.values()) for a in amounts))
-            recall = _ratio(agreed, sum(sum(a.wanted.values()) for a in amounts))
-            f1s.append(_f1(precision, recall))
-        parts.append(sum(f1s) / MAX_ORDER)
-    return _sari(*parts)
-
-
-def _row_scores(row: list[_Counts], *, if_empty: float) -> Sari:
-    """`original` with if_empty 0, `evaluate` with if_empty 1 (and keep recall over counts)."""
+def _row_scores(row: list[_Counts], *, if_empty: float) -> tuple[float, float, float]:
+    """Add, keep and delete, 0-1: `original` with if_empty 0, `evaluate` with if_empty 1 (and keep
+    recall over counts)."""
     adds, keeps, deletes = [], [], []
     for counts in row:
         added, kept = _added(counts), _kept(counts)
@@ -217,7 +240,7 @@ def _row_scores(row: list[_Counts], *, if_empty: float) -> Sari:
             recall = _mean_share(kept.agreed, kept.wanted, if_empty)
         keeps.append(_f1(_mean_share(kept.agreed, kept.output, if_empty), recall))
         deletes.append(_mean_share(deleted.agreed, deleted.output, if_empty))
-    return _sari(*(sum(scores) / MAX_ORDER for scores in (adds, keeps, deletes)))
+    return sum(adds) / MAX_ORDER, sum(keeps) / MAX_ORDER, sum(deletes) / MAX_ORDER
 
 
 def _mean_share(part: dict[Ngram, float], whole: dict[Ngram, float], if_empty: float) -> float:

@@ -5,6 +5,7 @@ scripts/generate.py), and evaluation (its own fixed random numbers, and the aver
 there are any).
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -18,8 +19,10 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from tess.backbones.feedforward import balance_routers
+from tess.errors import UserError
 from tess.saving import Parts, load_parts, replaced_folder, save_parts
 from tess.schedulers.density import LearnedDensity
+from tess.sharding import full_state, is_sharded, load_full_state, shard, whole_copy
 from tess.training_data import BucketSampler
 
 AVERAGE_FILE = "average.safetensors"
@@ -117,6 +120,8 @@ class TextTrainer(Trainer):
         # The loss is a mean over the micro-batch, so Trainer divides it by their number.
         self.loss_is_scaled_for_ga = False
         self._run_dir: str | None = None
+        if self.is_fsdp_enabled:
+            self._check_sharded()
         self.add_callback(AfterUpdate(self, balance_rate))
         self.add_callback(EpochOfSampler(train_sampler))
 
@@ -156,6 +161,28 @@ class TextTrainer(Trainer):
     def averaged_weights(self) -> Any:
         """Context in which the model has the weights that are evaluated and shipped."""
         return nullcontext() if self.average is None else self.average.swapped_into(self.model)
+
+    # FSDP
+
+    def _check_sharded(self) -> None:
+        version = self.accelerator.state.fsdp_plugin.fsdp_version
+        if version != 2:
+            raise UserError(f"FSDP is supported in its version 2, got fsdp_version {version}")
+        if self.average is not None:
+            raise UserError("ema_decay has no form for sharded weights yet; train with DDP, or 0")
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        # Accelerate leaves a model alone that is sharded already. Its own units would be wrong: it
+        # makes the embedding one, whose matrix we read outside of that module.
+        if self.is_fsdp_enabled and not is_sharded(self.model):
+            shard(self.model, self.args.device)
+        return super().create_optimizer(*args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if not is_sharded(self.model):
+            super().save_model(output_dir, _internal_call)
+            return
+        self._save(output_dir, full_state(self.model))
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """0: transformers' estimate, 6 x parameters x tokens, is wrong for experts."""
@@ -201,7 +228,10 @@ class TextTrainer(Trainer):
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
-        save_parts(self.parts, folder)
+        parts = self.parts
+        if is_sharded(self.model):
+            parts = dataclasses.replace(parts, model=whole_copy(self.model, state_dict))
+        save_parts(parts, folder)
         if self.average is not None:
             save_file(self.average.tensors, folder / AVERAGE_FILE)
         if self.density is not None:
@@ -211,7 +241,7 @@ class TextTrainer(Trainer):
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
         loaded = load_parts(resume_from_checkpoint)
-        self.model.load_state_dict(loaded.model.state_dict())
+        load_full_state(self.model, loaded.model.state_dict())
         if self.average is not None:
             tensors = load_file(Path(resume_from_checkpoint) / AVERAGE_FILE)
             for name, tensor in self.average.tensors.items():

@@ -3,15 +3,16 @@
 import dataclasses
 import json
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import set_seed
+from transformers import TrainerCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from tess.arguments import Settings
+from tess.arguments import Settings, TrainingArguments
 from tess.backbones.pretrained import stays_float32
 from tess.collators import Canvas, Collator, objective_names
 from tess.errors import UserError
@@ -22,6 +23,7 @@ from tess.saving import Parts, kind_of, load_parts, replaced_folder, save_parts
 from tess.schedulers.density import LearnedDensity
 from tess.schedulers.recoverability import recoverability
 from tess.schedulers.renoising import RenoisingScheduler
+from tess.sharding import full_state, whole_copy
 from tess.trainer import TRAINER_STATE_FILE, TextTrainer
 from tess.training_data import BucketSampler, TokenRows
 from tess.training_texts import load_data, warn_of_cuts, without_long
@@ -32,8 +34,10 @@ DENSITY_BINS = 64
 IN_PLACE = {"span_infilling", "ul2", "ul2_with_unconditional"}
 
 
-def train(settings: Settings) -> Path:
+def train(settings: Settings, callbacks: Sequence[TrainerCallback] = ()) -> Path:
     """Run a training, or go on with the one that `output_dir` holds.
+
+    callbacks: of transformers' Trainer, beside its own.
 
     Returns:
         The final folder, `output_dir/final`.
@@ -47,11 +51,12 @@ def train(settings: Settings) -> Path:
     train_texts, eval_texts = load_data(settings.data, want_eval=args.eval_strategy != "no")
     output_dir = Path(args.output_dir)
     last = get_last_checkpoint(args.output_dir) if output_dir.is_dir() else None
-    _record_settings(settings, resumed=last is not None)
+    with args.main_process_first(local=False, desc="settings"):
+        _record_settings(settings, resumed=last is not None)
     final = output_dir / FINAL_FOLDER
     finished = last is not None and _is_finished(Path(last), settings)
     if finished and kind_of(final) and final.stat().st_mtime >= Path(last).stat().st_mtime:
-        print(f"{final} is the end of this run already")
+        _print_once(args, f"{final} is the end of this run already")
         return final
     set_seed(args.seed)
     parts = load_parts(last) if last else build_parts(settings, train_texts)
@@ -65,17 +70,30 @@ def train(settings: Settings) -> Path:
         store_limits(parts, settings, rows)
     warn_of_cuts(rows, settings.data)
     trainer = make_trainer(settings, parts, rows, eval_rows)
+    for callback in callbacks:
+        trainer.add_callback(callback)
     if finished:
-        print(f"{last} is the end of this run already")
+        _print_once(args, f"{last} is the end of this run already")
         trainer._load_from_checkpoint(str(_result_of(Path(last), settings)))
     else:
         trainer.train(resume_from_checkpoint=last)
-    if trainer.is_world_process_zero():
-        save_final(trainer, final, getattr(torch, settings.run.save_dtype))
+    save_final(trainer, final, getattr(torch, settings.run.save_dtype))
     return final
 
 
+def _print_once(args: TrainingArguments, text: str) -> None:
+    if args.process_index == 0:
+        print(text)
+
+
 def _check_run(settings: Settings) -> None:
+    sharding = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
+    if (sharding or settings.training.fsdp) and settings.training.device.type == "cpu":
+        raise UserError(
+            "FSDP was asked for, but accelerate shards on GPUs only and would train whole copies "
+            "here without a word; on a CPU launch with DDP (scripts/recipes/"
+            "accelerate_ddp_cpu.yaml)"
+        )
     if settings.training.n_gpu > 1:
         raise UserError(
             "several GPUs in one process are not supported; start with `accelerate launch`"
@@ -100,6 +118,11 @@ def make_trainer(
     # Our batches are no arguments of the model's forward.
     args.remove_unused_columns = False
     args.label_names = []
+    # Routers count their experts' load in buffers, of which DDP would hand out the first process's.
+    args.ddp_broadcast_buffers = False
+    if getattr(parts.model.config, "length_head", False):
+        # The head runs beside the forward pass, where DDP's search would take it for unused.
+        args.ddp_find_unused_parameters = False
     collator = make_collator(settings, parts, rows)
     if settings.causal.freeze_backbone:
         for name, parameter in parts.model.named_parameters():
@@ -113,9 +136,10 @@ def make_trainer(
         density=density,
         train_sampler=BucketSampler(
             rows.lengths(),
-            args.per_device_train_batch_size,
+            args.per_device_train_batch_size * args.world_size,
             args.seed,
             settings.data.bucket_by_length,
+            fill=args.world_size > 1,
         ),
         ema_decay=run.ema_decay,
         balance_rate=run.router_balance_rate,
@@ -125,6 +149,11 @@ def make_trainer(
         data_collator=collator,
     )
     if run.num_samples_to_print:
+        if trainer.is_fsdp_enabled:
+            raise UserError(
+                "samples are written by one process, which has not all of the weights with FSDP; "
+                "set num_samples_to_print to 0"
+            )
         trainer.add_callback(PrintSamples(trainer, collator, eval_rows or rows, settings))
     return trainer
 
@@ -184,6 +213,8 @@ def make_loss(
             parts.scheduler,
             batch,
             self_conditioning_probability=diffusion.self_conditioning_probability,
+            unroll_probability=diffusion.unroll_probability if model.training else 0.0,
+            unroll_steps=diffusion.unroll_steps,
             stratified=diffusion.stratified_timesteps,
             source_drop_probability=diffusion.source_drop_probability if model.training else 0.0,
             length_loss_weight=diffusion.length_loss_weight,
@@ -194,13 +225,16 @@ def make_loss(
 
 
 def save_final(trainer: TextTrainer, final: Path, dtype: torch.dtype) -> None:
-    """Write the (averaged) weights as `dtype`, but what stays float32 in memory as it is."""
+    """Write the (averaged) weights as `dtype`, but what stays float32 in memory as it is.
+
+    In a run of several processes the first one writes; all have to call this.
+    """
     parts = trainer.parts
-    model = type(parts.model)(parts.model.config)
-    if model.can_generate():
-        model.generation_config = parts.model.generation_config
     with trainer.averaged_weights():
-        model.load_state_dict(parts.model.state_dict())
+        state = full_state(parts.model)
+        if not trainer.is_world_process_zero():
+            return
+        model = whole_copy(parts.model, state)
     for name, parameter in model.named_parameters():
         if not stays_float32(name):
             parameter.data = parameter.data.to(dtype)
@@ -231,6 +265,8 @@ def _record_settings(settings: Settings, resumed: bool) -> None:
                     f"{known[changed[0]]!r} and is {now[group][changed[0]]!r}); "
                     "choose another --output_dir"
                 )
+    if settings.training.process_index > 0:
+        return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(now, indent=2) + "\n")

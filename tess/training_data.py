@@ -10,6 +10,7 @@ import hashlib
 import math
 import random
 from collections.abc import Iterator, Sequence
+from itertools import cycle, islice
 
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
@@ -23,7 +24,10 @@ MEGABATCH = 50
 
 
 class TokenRows(Dataset):
-    """Rows as ids without special tokens; a key is a row's index, or (epoch, index).
+    """Rows as ids without special tokens; by index, (epoch, index) or (epoch, index, first).
+
+    `first` is the index of the first row in the row's step: what is drawn once per batch follows
+    from it, so that the processes of a run agree.
 
     Args:
         sources: one string for each row; None for raw text.
@@ -48,13 +52,16 @@ class TokenRows(Dataset):
     def __len__(self) -> int:
         return len(self.targets)
 
-    def __getitem__(self, key: int | tuple[int, int]) -> Row:
-        epoch, index = key if isinstance(key, tuple) else (0, key)
-        return {
+    def __getitem__(self, key: int | tuple[int, ...]) -> Row:
+        epoch, index, *first = key if isinstance(key, tuple) else (0, key)
+        row = {
             "source": self.sources[index],
             "target": self.targets[index],
             "seed": stable_seed(self.seed, epoch, index),
         }
+        if first:
+            row["batch_seed"] = stable_seed(self.seed, epoch, *first)
+        return row
 
     def select(self, indices: Sequence[int]) -> "TokenRows":
         """Only the given rows, in that order."""
@@ -81,38 +88,53 @@ def stable_seed(*parts: int | str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-class BucketSampler(Sampler[tuple[int, int]]):
-    """Yields (epoch, index) in an order that is a function of (seed, epoch) alone.
+class BucketSampler(Sampler[tuple[int, int, int]]):
+    """Yields (epoch, index, first) in an order that is a function of (seed, epoch) alone.
+
+    Accelerate gives each process every P-th batch of its size. Here a batch is what all processes
+    read in one step: they get rows of one length, and those that one process would get.
 
     Args:
         lengths: tokens of each row.
-        batch_size: rows per device and step, the unit that should be of one length.
+        batch_size: rows per step in all processes, the unit that should be of one length.
         seed: of the order.
         bucket: sort each 50 batches by length and shuffle the batches; False is a plain shuffle.
+        fill: complete the last batch with rows from the epoch's beginning, as processes that have
+            to work in step need it.
     """
 
     def __init__(
-        self, lengths: Sequence[int], batch_size: int, seed: int, bucket: bool = True
+        self,
+        lengths: Sequence[int],
+        batch_size: int,
+        seed: int,
+        bucket: bool = True,
+        fill: bool = False,
     ) -> None:
         self.lengths = lengths
         self.batch_size = batch_size
         self.seed = seed
         self.bucket = bucket
+        self.missing = -len(lengths) % batch_size if fill else 0
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.lengths) + self.missing
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
+    def __iter__(self) -> Iterator[tuple[int, int, int]]:
         rng = random.Random(stable_seed("order", self.seed, self.epoch))
         order = list(range(len(self.lengths)))
         rng.shuffle(order)
         if self.bucket:
             order = self._bucketed(order, rng)
-        return iter([(self.epoch, index) for index in order])
+        order += list(islice(cycle(order), self.missing))
+        firsts = order[:: self.batch_size]
+        return iter(
+            [(self.epoch, index, firsts[i // self.batch_size]) for i, index in enumerate(order)]
+        )
 
     def _bucketed(self, order: list[int], rng: random.Random) -> list[int]:
         size = MEGABATCH * self.batch_size

@@ -245,7 +245,7 @@ def test_order_and_draws_follow_from_seed_and_epoch(tokenizer):
     for epoch in (0, 1, 0):
         sampler.set_epoch(epoch)
         order = list(sampler)
-        assert sorted(index for _, index in order) == list(range(100))
+        assert sorted(index for _, index, _ in order) == list(range(100))
         assert orders.setdefault(epoch, order) == order
     assert orders[0] != orders[1]
     assert data[0, 3]["seed"] == data[3]["seed"] != data[1, 3]["seed"]
@@ -257,11 +257,35 @@ def test_buckets_hold_like_lengths():
     lengths = [rng.randint(1, 100) for _ in range(1000)]
 
     def padding(bucket):
-        order = [index for _, index in BucketSampler(lengths, 10, 0, bucket)]
+        order = [index for _, index, _ in BucketSampler(lengths, 10, 0, bucket)]
         batches = [[lengths[i] for i in order[j : j + 10]] for j in range(0, 1000, 10)]
         return sum(10 * max(batch) - sum(batch) for batch in batches)
 
     assert padding(True) < 0.2 * padding(False)
+
+
+@pytest.mark.parametrize("bucket", [True, False])
+def test_processes_share_the_batches_that_one_process_has(tokenizer, bucket):
+    data = TokenRows(tokenizer, ["s"] * 30, ["text " * (i % 7 + 1) for i in range(30)], seed=1)
+    alone = list(BucketSampler(data.lengths(), 8, 0, bucket))
+    filled = BucketSampler(data.lengths(), 8, 0, bucket, fill=True)
+    together = list(filled)
+    assert together[:30] == alone and len(together) == len(filled) == 32
+    assert [index for _, index, _ in together[30:]] == [index for _, index, _ in alone[:2]]
+    for start in range(0, 32, 8):
+        firsts = {first for _, _, first in together[start : start + 8]}
+        assert firsts == {together[start][1]}
+    # what is drawn once per batch is the same in its parts
+    collate = Collator(
+        tokenizer, "ul2,unconditional,text_infilling", max_source_length=16, max_target_length=16
+    )
+    for start in range(0, 32, 8):
+        rows = [data[key] for key in together[start : start + 8]]
+        whole, parts = collate(rows), [collate(rows[:4]), collate(rows[4:])]
+        assert parts[0].keys() == parts[1].keys() == whole.keys()
+        for i, part in enumerate(parts):
+            width = part["target_ids"].shape[1]
+            assert torch.equal(part["target_ids"], whole["target_ids"][4 * i : 4 * i + 4, :width])
 
 
 def test_length_rule_covers_the_quantile():

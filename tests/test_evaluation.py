@@ -9,11 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from tess.candidate_measures import CANDIDATE_MEASURES
 from tess.cli import run
 from tess.errors import UserError
 from tess.evaluation import evaluate, prepare_output_dir, write_report
 from tess.evaluation_page import markdown, summary
 from tess.loading import Example
+from tess.measures import MEASURES
+from tess.protocols import PROTOCOLS
 from tess.schedulers.stopping import StoppingRule
 from tess.tokenization import train_tokenizer
 
@@ -21,8 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 REPORT_KEYS = """checkpoint decoder num_parameters data rows seed batch_size num_inference_steps
 scheduler timestep_spacing stopping length gen_length sampler num_candidates choose_by
 nfe_mean nfe_max nfe_first_mean new_tokens generation_seconds new_tokens_per_second
-milliseconds_per_token tokens_per_forward num_draft_tokens acceptance_length
-metrics versions machine""".split()
+milliseconds_per_token tokens_per_forward num_draft_tokens num_beams length_penalty
+acceptance_length metrics protocol versions machine""".split()
 DATA = {"file": "rows.jsonl", "task": None, "dataset": None, "split": None}
 EXAMPLES = [Example("a b c d e", ("a b", "b c")), Example("one two ü", ("one",))]
 
@@ -42,6 +45,8 @@ class FirstWords:
     num_parameters = 1234
     default_num_inference_steps = 16
     num_draft_tokens = None
+    num_beams = 1
+    length_penalty = None
     tokenizer = train_tokenizer(["a"], 261)  # one token per byte
     scheduler_name = "renoising"
     sampler = {"guidance_scale": 2.0}
@@ -167,6 +172,36 @@ def test_the_first_candidate_stands_beside_the_chosen_one(tmp_path):
     assert summary(report).splitlines()[1].split() == ["system", "first", "copy"]
 
 
+def test_a_protocol_adds_its_section_to_the_report_the_page_and_the_summary():
+    got = evaluate(BestOfThree(), EXAMPLES, checkpoint="c", data=DATA, protocol="paraphrase")
+    section = got.report["protocol"]
+    assert list(section["figures"]) == ["system", "first_candidate", "copy", "lead", "truncation"]
+    json.dumps(got.report, allow_nan=False)
+    for column, name in (("system", "system"), ("first_candidate", "first_candidate"),
+                         ("copy", "copy_source")):  # fmt: skip
+        for key in ("ibleu", "bleu", "self_bleu", "copy_rate", "length_ratio"):
+            want = got.report["metrics"][name][key]
+            assert section["figures"][column][key]["value"] == pytest.approx(want, abs=1e-9)
+    assert "|samples:3-mbr_chrf|" in section["signature"]
+    assert section["against_copy"].keys() == section["figures"]["system"].keys()
+    page, short = markdown(got.report), summary(got.report)
+    assert "## Protocol `paraphrase`" in page and section["signature"] in page
+    assert "protocol paraphrase, ibleu: system " in short and section["signature"] in short
+
+    without = evaluate(BestOfThree(), EXAMPLES, checkpoint="c", data=DATA)
+    assert without.report["protocol"] is None
+    assert "rotocol" not in markdown(without.report) + summary(without.report)
+
+
+def test_an_unknown_protocol_is_refused_before_the_run():
+    decoder = FirstWords()
+    with pytest.raises(UserError, match="unknown protocol 'wmt'; known are tess"):
+        evaluate(decoder, EXAMPLES, checkpoint="c", data=DATA, protocol="wmt")
+    with pytest.raises(UserError, match="name a protocol as well"):
+        evaluate(decoder, EXAMPLES, checkpoint="c", data=DATA, bertscore=object())
+    assert not decoder.calls
+
+
 def test_one_candidate_is_its_own_first():
     got = evaluate(FirstWords(), EXAMPLES, checkpoint="c", data=DATA)
     assert got.report["nfe_first_mean"] == got.report["nfe_mean"]
@@ -233,12 +268,16 @@ def test_gold_lengths_are_cut_as_in_training():
 
 def test_every_key_of_the_report_is_in_the_documentation():
     text = (ROOT / "docs/evaluation.md").read_text(encoding="utf-8")
-    got = evaluate(BestOfThree(), EXAMPLES, checkpoint="c", data=DATA)
+    got = evaluate(BestOfThree(), EXAMPLES, checkpoint="c", data=DATA, protocol="summ")
     report = got.report
-    names = [*report, *report["versions"], *report["machine"], *report["data"]]
+    names = [*PROTOCOLS, *MEASURES, *CANDIDATE_MEASURES, *report["protocol"]]
+    names += [*report["protocol"]["figures"]["system"]["rougeL"]]
+    names += [*report["protocol"]["against_copy"]["rougeL"]]
+    names += [*report, *report["versions"], *report["machine"], *report["data"]]
     names += [*report["metrics"]["system"], *got.predictions[0], *report["stopping"]]
     names += [f"metrics.{column}" for column in report["metrics"]]
     ranges = {f"{p}distinct{n}" for p in ("", "corpus_") for n in (2, 3)}  # "distinct1 … distinct4"
+    ranges |= {"novelty2", "novelty3"}
     names.remove("metrics")
     assert not [name for name in names if f"`{name}`" not in text and name not in ranges]
 
@@ -319,6 +358,16 @@ def test_script_evaluates_a_file_with_renamed_columns(script, tmp_path):
     )
     prediction = json.loads((tmp_path / "predictions.jsonl").read_text(encoding="utf-8"))
     assert prediction["prediction"] == "a b"
+
+
+def test_script_scores_a_protocol(script, tmp_path, capsys):
+    flags = ["--task", "simplification", "--limit", "4", "--checkpoint", "c"]
+    script.main([*flags, "--output_dir", str(tmp_path), "--protocol", "asset"])
+    report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert report["protocol"]["name"] == "asset" and report["protocol"]["main"] == "sari"
+    assert "protocol asset, sari: system " in capsys.readouterr().out
+    with pytest.raises(UserError, match="--bertscore goes with --protocol"):
+        script.main([*flags, "--output_dir", str(tmp_path), "--bertscore", "any"])
 
 
 def test_script_passes_strict_on(script, tmp_path):

@@ -48,8 +48,8 @@ def test_a_copy_of_the_source_is_seen_as_one():
 def test_rows_may_have_different_numbers_of_references():
     got = score(PREDICTIONS, REFERENCES, SOURCES)
     streams = [[row[0] for row in REFERENCES], [REFERENCES[0][1], None]]
-    assert got["bleu"] == sacrebleu.corpus_bleu(PREDICTIONS, streams).score
-    assert got["chrf"] == sacrebleu.corpus_chrf(PREDICTIONS, streams).score
+    assert got["bleu"] == pytest.approx(sacrebleu.corpus_bleu(PREDICTIONS, streams).score, abs=1e-9)
+    assert got["chrf"] == pytest.approx(sacrebleu.corpus_chrf(PREDICTIONS, streams).score, abs=1e-9)
     assert got["bleu_signature"].startswith("nrefs:var|case:mixed|eff:no|tok:13a|smooth:exp|")
     assert got["chrf_signature"].startswith("nrefs:var|")
 

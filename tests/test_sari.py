@@ -6,7 +6,8 @@ from fractions import Fraction
 import pytest
 
 from tess.errors import UserError
-from tess.sari import sari, tokenize_13a
+from tess.metric_tokens import tokenize_13a_lower
+from tess.sari import sari
 
 SOURCE = "About 95 species are currently accepted ."
 REFERENCES = [
@@ -70,7 +71,7 @@ def test_copying_the_source_adds_and_deletes_nothing():
 
 
 def grams(text: str, n: int) -> list[tuple[str, ...]]:
-    words = tokenize_13a(text)
+    words = tokenize_13a_lower(text)
     return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
 
 

@@ -171,6 +171,10 @@ class DataArguments:
         "What to do with pairs beyond these lengths: cut them, or drop them.",
         choices=["cut", "drop"],
     )
+    drop_copies: bool = option(
+        False,
+        "Leave out training pairs whose target is the source, up to case and punctuation.",
+    )
     conditional_generation: str = option(
         "seq2seq",
         "Objective, or several separated by commas (one is drawn per batch): seq2seq, block, "

@@ -125,6 +125,8 @@ def compare(
     run = Comparison(recipe, prepare_output_dir(recipe.output_dir), examples, arms)
     if recipe.checkpoints and only == "train":
         raise UserError("this recipe names checkpoints, so there is nothing to train")
+    if recipe.checkpoints:
+        _known_updates(recipe)  # refuses unequal ones before the long run
     run.progress = Progress(
         total_work(recipe, run.systems, arms, len(examples), only), progress, say
     )
@@ -134,7 +136,7 @@ def compare(
             return None
         models = {seed: _models(run, seed) for seed in recipe.seeds}
         _drop_missing_predictor(run, models[recipe.seeds[0]])
-        different = _check_models(run, models[recipe.seeds[0]])
+        different, *_ = [_check_models(run, found) for found in models.values()]
         written = _write_all(run, models, only)
         timings = _time_all(run, models[recipe.seeds[0]], only)
         if only == "decode":
@@ -209,6 +211,26 @@ def _drop_missing_predictor(run: Comparison, models: Models) -> None:
     if run.recipe.default_systems and not config.get("num_nextn_predict_layers"):
         run.systems = [system for system in run.systems if system.decoder != "ar+mtp"]
         run.progress.say("the AR checkpoint has no multi-token predictor; ar+mtp is left out")
+
+
+def _known_updates(recipe: Recipe) -> dict[str, int | None]:
+    """Updates of the last training of each given checkpoint, where its folder still says so.
+
+    Raises:
+        UserError: both are known and differ, and the recipe does not allow that.
+    """
+    found = {}
+    for arm, name in recipe.checkpoints.items():
+        place = Path(name.replace("{seed}", str(recipe.seeds[0])))
+        found[arm] = updates_of(place.parent if place.name == "final" else place)
+    if None not in found.values() and len(set(found.values())) > 1:
+        if "updates" not in recipe.allow_differences:
+            raise UserError(
+                f"the checkpoints differ: the last training of tess has {found['tess']} updates "
+                f"and that of ar {found['ar']}; a fair comparison has as many (or name 'updates' "
+                "in allow_differences)"
+            )
+    return found
 
 
 Written = dict[int, dict[str, tuple[dict[str, Any], list[dict[str, Any]]]]]
@@ -300,10 +322,7 @@ def _report(
         run.recipe, run.examples, run.systems, run.arms, trained, facts, models, different, written
     )
     if run.recipe.checkpoints:
-        results["training"]["updates"] = {
-            arm: updates_of(Path(place).parent if Path(place).name == "final" else Path(place))
-            for arm, place in run.recipe.checkpoints.items()
-        }
+        results["training"]["updates"] = _known_updates(run.recipe)
     report = {
         "name": run.recipe.name,
         "results": results,

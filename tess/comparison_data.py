@@ -15,7 +15,7 @@ from tess.errors import UserError
 from tess.loading import Example, load_rows
 from tess.protocols import mean_words
 from tess.tasks import load_task
-from tess.training_texts import load_data
+from tess.training_texts import bare, load_data
 
 
 def load_test_rows(recipe: Recipe) -> list[Example]:
@@ -78,13 +78,9 @@ def _data_settings(arm: Arm) -> dict[str, Any]:
 
 def _facts(arm: Arm, test: Sequence[Sequence[str]]) -> dict[str, Any]:
     texts, _ = load_data(arm.parsed.data, want_eval=False)
-    trained = {_plain(text) for row in texts for text in row if text is not None}
+    trained = {bare(text) for row in texts for text in row if text is not None}
     return {
         "training_rows": len(texts),
         "target_words": mean_words([[target] for _, target in texts]),
-        "test_rows_seen": sum(any(_plain(text) in trained for text in row) for row in test),
+        "test_rows_seen": sum(any(bare(text) in trained for text in row) for row in test),
     }
-
-
-def _plain(text: str) -> str:
-    return "".join(filter(str.isalnum, text.lower()))

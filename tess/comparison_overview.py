@@ -82,17 +82,27 @@ def _better(figures: Mapping[str, Any], main: str) -> str:
 def write_overview(
     reports: Sequence[Mapping[str, Any]], folder: Path, plots: bool = True
 ) -> list[Path]:
-    """Write `overview.md` and, with `plots`, `overview.svg` and `overview.png`; their paths.
+    """Write `overview.md`, with `plots` also `overview.svg` and `overview.png`, and each report's
+    figures as `NAME.json`; their paths.
+
+    Those files are the reports without the sample texts, whose licence may forbid passing them on.
 
     Raises:
-        UserError: no report, or matplotlib is missing.
+        UserError: no report, two of one name, or matplotlib is missing.
     """
     if not reports:
         raise UserError("expected at least one report, got none")
+    names = [report["name"] for report in reports]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"expected reports of different names, got {twice[0]!r} twice")
     if plots:
         check_plots()
     paths = [folder / FILES[0]]
     paths[0].write_text(overview_markdown(reports))
+    for report in reports:
+        figures = report | {"results": report["results"] | {"samples": []}}
+        paths.append(folder / f"{report['name']}.json")
+        paths[-1].write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
     if plots:
         paths += _plot(reports, folder / "overview")
     return paths

@@ -232,11 +232,14 @@ def _seeds(report: Mapping[str, Any]) -> list[str]:
     seeds, main = results["seeds"], results["protocol"]["main"]
     if len(seeds) < 2:
         return []
+    first, *others = results["weights"].values()
+    what = "sampling seeds; the checkpoints are the same in all"
+    if any(weights != first for weights in others):
+        what = "training and sampling seeds"
     lines = [
         f"## Over {len(seeds)} seeds",
         "",
-        f"Tables above are of seed {seeds[0]}. Mean of `{main}` and its range over training and "
-        "sampling seeds:",
+        f"Tables above are of seed {seeds[0]}. Mean of `{main}` and its range over {what}:",
         "",
         "| system | mean | lowest | highest | " + " | ".join(f"seed {s}" for s in seeds) + " |",
         _rule(3 + len(seeds)),
@@ -303,9 +306,12 @@ def _stage(stage: Mapping[str, Any], speeds: Mapping[tuple, float | None]) -> li
         lines.append("")
     if data := stage["data"]:
         seen = data["test_rows_seen"]
+        dropped = stage["shared"].get("long_rows") == "drop"
+        whole = " (those that are too long, and are dropped, included)" if dropped else ""
         lines += [
-            f"{data['training_rows']} training rows, {data['target_words']} words in a target on "
-            f"average; {seen} test rows share a text with them (case and punctuation aside).",
+            f"{data['training_rows']} training rows{whole}, {data['target_words']} words in a "
+            f"target on average; {seen} test rows share a text with them (case and punctuation "
+            "aside).",
             "",
         ]
     return lines

@@ -108,6 +108,7 @@ class Recipe:
     memory: bool = True
     samples: int = 10
     truncation_words: int | None = None
+    lead_sentences: int | None = None
     allow_differences: tuple[str, ...] = ()
 
     def data_label(self) -> dict[str, Any]:
@@ -278,7 +279,8 @@ def _check(recipe: Recipe) -> None:
         raise UserError("seeds: expected at least one number, found none")
     if not recipe.batch_sizes or min(recipe.batch_sizes) < 1:
         raise UserError(f"batch_sizes must be 1 or more each, got {list(recipe.batch_sizes)}")
-    for key in ("test_limit", "batch_size", "timing_rows", "timing_repeats", "truncation_words"):
+    for key in ("test_limit", "batch_size", "timing_rows", "timing_repeats", "truncation_words",
+                "lead_sentences"):  # fmt: skip
         value = getattr(recipe, key)
         if value is not None and value < 1:
             raise UserError(f"{key} must be at least 1, got {value}")

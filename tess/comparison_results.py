@@ -50,7 +50,8 @@ def make_results(
     sources = [example.source for example in examples]
     references = [list(example.references) for example in examples]
     words, of_what = _truncation(recipe, facts, references)
-    plain = baselines(recipe.task or recipe.protocol, sources, references, words=words)
+    sentences = recipe.lead_sentences or lead_sentences(recipe.task or recipe.protocol)
+    plain = baselines(recipe.protocol, sources, references, words=words, sentences=sentences)
     scored = {
         name: score_all(recipe.protocol, {name: texts}, references, sources, {})[name]
         for name, texts in plain.items()
@@ -80,7 +81,7 @@ def make_results(
         "training": _training(recipe, arms, trained, facts, different),
         "weights": {str(seed): dict(found.weights) for seed, found in models.items()},
         "baselines": {
-            "lead_sentences": lead_sentences(recipe.task or recipe.protocol),
+            "lead_sentences": sentences,
             "truncation_words": words,
             "truncation_words_are": of_what,
             "measures": {name: figures(one, LEVEL, RESAMPLES) for name, one in scored.items()},

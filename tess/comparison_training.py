@@ -146,12 +146,13 @@ def _arm(
         folder = base / f"{kind}.seed{settings['seed']}"
     settings["output_dir"] = str(folder)
     if kind in before:
-        if given := [key for key in ("tokenizer", "train_tokenizer") if settings.get(key)]:
+        first = ("tokenizer", "train_tokenizer", "init_from")
+        if given := [key for key in first if settings.get(key)]:
             raise UserError(
-                f"stage {stage.name!r}: {given[0]} is of the first stage, whose tokenizer the "
-                "others keep"
+                f"stage {stage.name!r}: {given[0]} is of the first stage; a later one starts from "
+                "the stage before it and keeps its tokenizer"
             )
-        settings.setdefault("init_from", str(before[kind].final))
+        settings["init_from"] = str(before[kind].final)
     elif kind == "ar" and settings.get("train_tokenizer"):
         if "tess" not in beside:
             raise UserError(f"stage {stage.name!r}: the tess arm trains the tokenizer, and there "
@@ -191,7 +192,7 @@ def check_alike(arms: Mapping[str, Arm], allowed: Sequence[str]) -> None:
 
 
 def must_be_same(tess: Settings, ar: Settings) -> dict[str, tuple[Any, Any]]:
-    """The settings of `SAME` in which two arms differ: name -> (tess, ar)."""
+    """What two arms differ in, name -> (tess, ar): of `SAME`, and whether they start trained."""
     found = {}
     for group, names in SAME.items():
         for name in names:
@@ -202,6 +203,9 @@ def must_be_same(tess: Settings, ar: Settings) -> dict[str, tuple[Any, Any]]:
             a, b = getattr(getattr(tess, group), name), getattr(getattr(ar, group), name)
             if a != b:
                 found[name] = (a, b)
+    starts = tess.model.init_from, ar.model.init_from
+    if None in starts and starts != (None, None):  # one arm has been trained before
+        found["init_from"] = starts
     return found
 
 
@@ -319,10 +323,15 @@ def run_arm(arm: Arm, advance: Callable[[int], None] = lambda updates: None) -> 
 
 
 def finished_arm(arm: Arm) -> dict[str, Any]:
-    """The record of a finished arm; UserError where it is not finished."""
+    """The record of a finished arm; UserError where it is not finished, or of other settings."""
     record = _read_record(arm)
     if not record.get("weights") or kind_of(arm.final) != arm.kind:
-        raise UserError(f"{arm.label} is not trained yet: {arm.final} is missing; run --only train")
+        raise UserError(
+            f"{arm.label} is not trained yet: {arm.final} or its record {ARM_FILE} is missing; "
+            "run --only train"
+        )
+    # what it started from need not be on this machine
+    _check_record(arm, record, {"settings": dict(arm.settings), "start": record.get("start")})
     return {key: record[key] for key in ("updates", "weights", "seconds_per_update")}
 
 

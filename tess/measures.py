@@ -41,7 +41,14 @@ from rouge_score.tokenizers import DefaultTokenizer
 
 from tess.errors import UserError
 from tess.metric_tokens import TOKENIZERS, tokenize_13a_lower
-from tess.ngram_scores import bleu_rows, chrf_rows, corpus_bleu, corpus_chrf, sentence_bleu
+from tess.ngram_scores import (
+    bleu_rows,
+    chrf_rows,
+    corpus_bleu,
+    corpus_chrf,
+    divide,
+    sentence_bleu,
+)
 from tess.readability import grade_level, readability_rows
 from tess.sari import check_parallel, sari_of_sums, sari_rows
 from tess.sentences import split_sentences
@@ -104,8 +111,7 @@ def mean_measure(
 
 def ratio(sums: np.ndarray) -> np.ndarray:
     """First statistic over the second, 0 where that is 0: [...] of [..., 2]."""
-    part, whole = sums[..., 0], sums[..., 1]
-    return np.divide(part, whole, out=np.zeros(part.shape), where=whole > 0)
+    return divide(sums[..., 0], sums[..., 1])
 
 
 @dataclass(frozen=True)

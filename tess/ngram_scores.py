@@ -60,7 +60,7 @@ def corpus_bleu(sums: np.ndarray, *, smooth: str = "exp") -> np.ndarray:
     matches, totals = _orders(sums)
     empty = matches == 0
     smoothed = np.exp2(-np.cumsum(empty, axis=-1)) if smooth == "exp" else 0.0
-    precisions = _divide(np.where(empty, smoothed, matches), totals)
+    precisions = divide(np.where(empty, smoothed, matches), totals)
     usable = (precisions > 0).all(axis=-1) & ~empty.all(axis=-1)
     logs = np.log(np.where(precisions > 0, precisions, 1.0)).mean(axis=-1)
     return np.where(usable, 100.0 * _brevity(sums) * np.exp(logs), 0.0)
@@ -101,10 +101,10 @@ def corpus_chrf(sums: np.ndarray) -> np.ndarray:
     texts, wanted, matches = stats[..., 0], stats[..., 1], stats[..., 2]
     used = (texts > 0) & (wanted > 0)
     orders = used.sum(axis=-1)
-    precision = _divide((_divide(matches, texts) * used).sum(axis=-1), orders)
-    recall = _divide((_divide(matches, wanted) * used).sum(axis=-1), orders)
+    precision = divide((divide(matches, texts) * used).sum(axis=-1), orders)
+    recall = divide((divide(matches, wanted) * used).sum(axis=-1), orders)
     weight = CHRF_BETA**2
-    return 100.0 * _divide((1 + weight) * precision * recall, weight * precision + recall)
+    return 100.0 * divide((1 + weight) * precision * recall, weight * precision + recall)
 
 
 def _character_counts(text: str) -> tuple[Counter[str], ...]:
@@ -133,7 +133,7 @@ def _brevity(rows: np.ndarray) -> np.ndarray:
     return np.where(length > 0, penalty, 0.0)
 
 
-def _divide(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    """0 where the whole is 0."""
+def divide(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """The quotient, 0 where the whole is 0."""
     return np.divide(part, whole, out=np.zeros(np.broadcast_shapes(part.shape, whole.shape)),
                      where=whole > 0)  # fmt: skip

@@ -37,6 +37,7 @@ import numpy as np
 
 from tess.errors import UserError
 from tess.metric_tokens import Tokenize, tokenize_13a_lower
+from tess.ngram_scores import divide
 
 MAX_ORDER = 4
 PROTOCOLS = ("easse", "original", "evaluate")
@@ -112,10 +113,10 @@ def sari_of_sums(sums: np.ndarray, *, protocol: str = "easse") -> np.ndarray:
     if protocol == "easse":
         amounts = sums.reshape(*sums.shape[:-1], 3, MAX_ORDER, 3)
         agreed, output, wanted = amounts[..., 0], amounts[..., 1], amounts[..., 2]
-        precision, recall = _divide(agreed, output), _divide(agreed, wanted)
-        parts = _divide(2 * precision * recall, precision + recall).mean(axis=-1)
+        precision, recall = divide(agreed, output), divide(agreed, wanted)
+        parts = divide(2 * precision * recall, precision + recall).mean(axis=-1)
     else:
-        parts = _divide(sums[..., :3], sums[..., 3:])
+        parts = divide(sums[..., :3], sums[..., 3:])
     return 100.0 * np.concatenate([parts.mean(axis=-1, keepdims=True), parts], axis=-1)
 
 
@@ -197,12 +198,6 @@ def _positive(amounts: dict[Ngram, float]) -> dict[Ngram, float]:
 def _f1(precision: float, recall: float) -> float:
     total = precision + recall
     return 2 * precision * recall / total if total > 0 else 0.0
-
-
-def _divide(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    """0 where the whole is 0."""
-    whole = np.broadcast_to(whole, part.shape)
-    return np.divide(part, whole, out=np.zeros(part.shape), where=whole > 0)
 
 
 def _ratio(part: float, whole: float, if_empty: float = 0.0) -> float:

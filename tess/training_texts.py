@@ -40,6 +40,8 @@ def load_data(data: DataArguments, want_eval: bool) -> tuple[Texts, Texts]:
                     f"{needing[0]} needs {name} rows with a source and a target, got raw text"
                 )
     eval_texts = eval_texts[: data.max_eval_samples]
+    if data.drop_copies:
+        train_texts = _without_copies(train_texts)
     return _without_eval_sources(train_texts, eval_texts)[: data.max_train_samples], eval_texts
 
 
@@ -61,17 +63,32 @@ def _file_texts(data: DataArguments, files: list[str]) -> Texts:
     return texts
 
 
+def bare(text: str) -> str:
+    """Letters and digits in lower case: texts with equal ones count as the same text."""
+    return "".join(filter(str.isalnum, text.lower()))
+
+
+def _without_copies(texts: Texts) -> Texts:
+    """Pairs whose target is not the source, up to case and punctuation."""
+    kept = [
+        (source, target)
+        for source, target in texts
+        if source is None or bare(source) != bare(target)
+    ]
+    if texts and not kept:
+        raise UserError("every training row is a copy of its source; nothing is left to train on")
+    if dropped := len(texts) - len(kept):
+        logger.warning("left out %d training rows whose target is their source", dropped)
+    return kept
+
+
 def _without_eval_sources(train_texts: Texts, eval_texts: Texts) -> Texts:
     """Training texts that share no text with the evaluation rows, up to case and punctuation."""
-
-    def key(text: str) -> str:
-        return "".join(filter(str.isalnum, text.lower()))
-
-    held_out = {key(text) for row in eval_texts for text in row if text is not None}
+    held_out = {bare(text) for row in eval_texts for text in row if text is not None}
     kept = [
         row
         for row in train_texts
-        if not any(text is not None and key(text) in held_out for text in row)
+        if not any(text is not None and bare(text) in held_out for text in row)
     ]
     if dropped := len(train_texts) - len(kept):
         logger.warning(

@@ -182,8 +182,9 @@ def test_a_training_with_other_settings_is_refused(finished, tmp_path):
     shutil.copytree(other / "out", tmp_path / "out", symlinks=True)
     stages = copy.deepcopy(RECIPE["stages"])
     stages[0]["shared"]["learning_rate"] = 2e-3
-    with pytest.raises(UserError, match="learning_rate = 0.001.*0.002.*another output_dir"):
-        compare(recipe_in(tmp_path, stages=stages), plots=False)
+    for only in (None, "decode", "report"):
+        with pytest.raises(UserError, match="learning_rate = 0.001.*0.002.*another output_dir"):
+            compare(recipe_in(tmp_path, stages=stages), only=only, plots=False)
 
 
 def test_an_interrupted_training_goes_on(finished, tmp_path):
@@ -213,6 +214,7 @@ def test_checkpoints_stages_and_seeds(finished, tmp_path):
         tmp_path, stages=None, task=None, test_limit=None, test_file=str(rows), seeds=[0, 3],
         checkpoints={arm: str(train / f"{arm}.seed0") for arm in ("tess", "ar")},
         systems=[*TESS_ONLY, {"name": "ar", "decoder": "ar"}], protocol="paraphrase",
+        lead_sentences=2,
     )  # fmt: skip
     report = json.loads(compare(recipe, plots=False).read_text())
     results = report["results"]
@@ -223,6 +225,21 @@ def test_checkpoints_stages_and_seeds(finished, tmp_path):
     assert len(values) == 2 and ours["over_seeds"]["bleu"]["max"] == max(values)
     assert "## Over 2 seeds" in markdown(report)
     assert results["baselines"]["truncation_words"] == 1
+    assert results["baselines"]["lead_sentences"] == 2
+
+
+def test_checkpoints_with_other_numbers_of_updates_are_refused(finished, tmp_path, monkeypatch):
+    (folder, _), *_ = finished
+    train = folder / "out" / "train" / "main"
+    given = {arm: str(train / f"{arm}.seed0") for arm in ("tess", "ar")}
+    known = {given["tess"]: 4, given["ar"]: 8}
+    monkeypatch.setattr("tess.comparison.updates_of", lambda place: known[str(place)])
+    recipe = recipe_in(tmp_path, stages=None, checkpoints=given)
+    with pytest.raises(UserError, match="training of tess has 4 updates and that of ar 8"):
+        compare(recipe, plots=False)
+    known[given["ar"]] = None  # a folder without its training's record
+    recipe = recipe_in(tmp_path, stages=None, checkpoints=given)
+    assert compare(recipe, only="decode", plots=False) is None
 
 
 def test_a_stage_starts_from_the_one_before_and_tokenizers_are_shared(tmp_path):
@@ -261,6 +278,17 @@ def test_arms_that_are_not_alike_are_refused_unless_allowed(tmp_path, name, shar
     with pytest.raises(UserError, match=f"{name} is .* for tess and .* for ar.*allow_differences"):
         plan_arms(recipe_in(tmp_path, stages=stages))
     assert plan_arms(recipe_in(tmp_path, stages=stages, allow_differences=[name]))
+
+
+def test_one_arm_that_starts_trained_is_refused(tmp_path):
+    stages = [{"name": "main", "shared": RUN | {"task": "simplification"},
+               "tess": {"init_from": "trained"}, "ar": {"tokenizer": "a"}}]  # fmt: skip
+    with pytest.raises(UserError, match="init_from is 'trained' for tess and None for ar"):
+        plan_arms(recipe_in(tmp_path, stages=stages))
+    assert plan_arms(recipe_in(tmp_path, stages=stages, allow_differences=["init_from"]))
+    stages = [*RECIPE["stages"], {"name": "more", "shared": RUN, "tess": {"init_from": "other"}}]
+    with pytest.raises(UserError, match="'more': init_from is of the first stage"):
+        plan_arms(recipe_in(tmp_path, stages=stages))
 
 
 def test_more_updates_for_one_arm_alone_are_refused(tmp_path):

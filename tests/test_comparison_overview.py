@@ -83,15 +83,24 @@ def test_reports_come_in_the_given_order(tmp_path):
 def test_the_figure_has_a_panel_for_each_report_and_is_the_same_twice(tmp_path):
     reports = [report("one"), report("two")]
     written = write_overview(reports, tmp_path)
-    assert [path.name for path in written] == ["overview.md", "overview.svg", "overview.png"]
-    svg = written[1].read_text()
+    assert [path.name for path in written] == [
+        "overview.md", "one.json", "two.json", "overview.svg", "overview.png",
+    ]  # fmt: skip
+    svg = written[3].read_text()
     assert "one, 7 rows" in svg and "two, 7 rows" in svg
     (tmp_path / "again").mkdir()
-    assert write_overview(reports, tmp_path / "again")[1].read_text() == svg
+    assert write_overview(reports, tmp_path / "again")[3].read_text() == svg
 
 
-def test_without_plots_there_is_the_table_alone(tmp_path):
-    assert [p.name for p in write_overview([report()], tmp_path, plots=False)] == ["overview.md"]
+def test_figures_are_kept_without_the_sample_texts(tmp_path):
+    given = report()
+    given["results"]["samples"] = [{"source": "not ours to give"}]
+    written = write_overview([given], tmp_path, plots=False)
+    assert [path.name for path in written] == ["overview.md", "task.json"]
+    kept = json.loads(written[1].read_text())
+    assert kept["results"]["samples"] == []
+    assert kept["results"]["systems"] == given["results"]["systems"]
+    assert given["results"]["samples"], "the report itself stays whole"
 
 
 @pytest.mark.parametrize(
@@ -110,6 +119,11 @@ def test_what_is_no_report_is_named(tmp_path, text, message):
     with pytest.raises(UserError, match=message) as error:
         read_reports([path])
     assert str(Path(path)) in str(error.value)
+
+
+def test_two_reports_of_one_name_are_refused(tmp_path):
+    with pytest.raises(UserError, match="different names, got 'task' twice"):
+        write_overview([report(), report()], tmp_path, plots=False)
 
 
 def test_no_report_is_refused(tmp_path):

@@ -203,8 +203,8 @@ def test_grade_level_is_the_textbook_formula():
 @pytest.mark.parametrize(
     ("dataset", "published"),
     [
-        # The source as its own simplification under EASSE, as in MUSS (Martin et al., arXiv
-        # 2005.00352)
+        # The source as its own simplification under EASSE: a row of tables in the literature (to
+        # our knowledge in MUSS, arXiv 2005.00352, which was not at hand to look it up)
         ("asset", {"sari": 20.73, "bleu_lowercase": 92.81, "fkgl": 10.02}),
         ("turkcorpus", {"sari": 26.29, "fkgl": 10.02}),
     ],

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 DOCUMENTS = (
     "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/architecture.md", "docs/kernels.md",
-    "docs/sampling.md",
+    "docs/sampling.md", "docs/comparison.md", "docs/recipes.md", "docs/results.md",
 )  # fmt: skip
 
 
@@ -110,7 +110,7 @@ def flags_of(script: str) -> set[str]:
     return set(re.findall(r"--\w+", run.stdout))
 
 
-SCRIPTS = ("generate", "evaluate", "train", "convert_checkpoint", "model_info")
+SCRIPTS = ("generate", "evaluate", "compare", "train", "convert_checkpoint", "model_info")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

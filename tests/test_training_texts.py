@@ -48,6 +48,18 @@ def test_detokenize_writes_both_sides(tmp_path):
     assert load_data(data, want_eval=False)[0] == [("It isn't, he said.", "He's here.")]
 
 
+def test_copies_are_left_out_when_asked(tmp_path, caplog):
+    rows = [pair("A cat sat.", "a cat sat"), pair("A dog ran.", "Dog ran.")]
+    data = DataArguments(train_file=[write(tmp_path / "train.jsonl", rows)])
+    assert len(load_data(data, want_eval=False)[0]) == 2
+    data.drop_copies = True
+    assert load_data(data, want_eval=False)[0] == [("A dog ran.", "Dog ran.")]
+    assert "left out 1 training rows whose target is their source" in caplog.text
+    data.train_file = [write(tmp_path / "copies.jsonl", rows[:1])]
+    with pytest.raises(UserError, match="every training row is a copy of its source"):
+        load_data(data, want_eval=False)
+
+
 def test_long_pairs_are_dropped_when_asked():
     texts = ["one two three", "one two three four five six seven eight"]
     tokenizer = train_tokenizer(texts * 5, 300)

@@ -39,7 +39,7 @@ class Attention(nn.Module):
             key = torch.cat([cached.keys.to(key.dtype), key], dim=2)
             value = torch.cat([cached.values.to(value.dtype), value], dim=2)
         if context.update_cache:
-            context.outgoing[self.layer_idx] = KeyValues(key, value)
+            context.outgoing.by_layer[self.layer_idx] = KeyValues(key, value)
         dropout = self.dropout if self.training else 0.0
         if context.is_causal:
             out = causal_attention(query, key, value, dropout)

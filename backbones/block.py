@@ -71,7 +71,7 @@ def run_layers(
     for layer in layers:
         hidden_BLH = layer(hidden_BLH, context)
     if context.update_cache:
-        cache.layers = dict(context.outgoing)
+        cache.layers = dict(context.outgoing.by_layer)
         batch, length = hidden_BLH.shape[:2]
         cache.extend_mask(context.position_mask, batch, length, hidden_BLH.device)
     return hidden_BLH, context

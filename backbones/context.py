@@ -3,9 +3,8 @@
 Letters: B batch, L positions of the block, S cached positions.
 """
 
-from collections import UserDict
-from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,6 +12,16 @@ from torch import Tensor
 from tess.backbones.cache import HybridCache, KeyValues, MambaInputs, MambaState
 
 MODES = ("causal", "prefix", "denoise", "verify")
+
+
+class LayerStates:
+    """States by layer, `by_layer`, that the mixers write.
+
+    An object of its own, since FSDP hands a layer copies of the dicts in its arguments.
+    """
+
+    def __init__(self) -> None:
+        self.by_layer: dict[int, MambaState | KeyValues] = {}
 
 
 @dataclass(frozen=True)
@@ -40,8 +49,7 @@ class BlockContext:
     position_mask: Tensor | None
     attention_mask: Tensor | None
     is_causal: bool
-    # FSDP hands a layer copies of the dicts in its arguments, and this one is to be written to
-    outgoing: MutableMapping[int, MambaState | KeyValues] = field(default_factory=UserDict)
+    outgoing: LayerStates
     record: dict[int, MambaInputs | KeyValues] | None = None
 
 
@@ -83,6 +91,7 @@ def make_context(
         position_mask=position_mask,
         attention_mask=mask,
         is_causal=mask is None and not bidirectional and length > 1,
+        outgoing=LayerStates(),
         record={} if mode == "verify" else None,
     )
 

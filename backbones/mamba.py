@@ -64,7 +64,7 @@ class Mamba2Mixer(nn.Module):
 
         y_BLI, new_state = self._mix(conv_in_BLD, dt_BLH, state, context)
         if context.update_cache:
-            context.outgoing[self.layer_idx] = new_state
+            context.outgoing.by_layer[self.layer_idx] = new_state
         return self.out_proj(self.norm(y_BLI, gate_BLI))
 
     def _mix(

@@ -37,12 +37,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="train: no more than that; decode: write and time with what is trained; report: "
         "from what is written",
     )  # fmt: skip
-    plots = parser.add_mutually_exclusive_group()
-    plots.add_argument(
-        "--plots", action="store_true", default=True, help="draw figures (default; needs "
+    add(
+        "--no_plots", dest="plots", action="store_false", help="draw no figures (they need "
         "matplotlib: pip install 'tess-diffusion[plots]')",
     )  # fmt: skip
-    plots.add_argument("--no_plots", dest="plots", action="store_false", help="draw no figures")
     return parser
 
 

@@ -51,6 +51,7 @@ from tess.comparison_timing import (
 )
 from tess.comparison_training import (
     Arm,
+    check_allowed,
     check_checkpoints,
     finished_arm,
     last_arms,
@@ -120,6 +121,7 @@ def compare(
         )
     if plots and only in (None, "report"):
         _need_plots()
+    check_allowed(recipe)
     arms = plan_arms(recipe) if recipe.stages else []
     examples = load_test_rows(recipe)
     run = Comparison(recipe, prepare_output_dir(recipe.output_dir), examples, arms)

@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tess.comparison_recipe import COPY, UNTRAINED
-from tess.measures import Measure
+from tess.evaluation import acceptance_length
 from tess.protocols import ProtocolScores, apply_protocol
-from tess.significance import bootstrap_interval, paired_test
+from tess.significance import paired_test
 
 COST_KEYS = (
     "nfe_mean", "nfe_max", "new_tokens_mean", "tokens_per_forward", "acceptance_length",
@@ -27,16 +27,6 @@ def score_all(
         name: apply_protocol(protocol, rows, references, sources, samples=samples.get(name, "1"))
         for name, rows in texts.items()
     }
-
-
-def figures(scores: ProtocolScores, level: float, resamples: int) -> dict[str, Any]:
-    """Each measure with its bootstrap interval."""
-
-    def one(measure: Measure) -> dict[str, float]:
-        interval = bootstrap_interval(measure, level=level, resamples=resamples)
-        return {"value": measure.value, **interval._asdict()}
-
-    return {name: one(measure) for name, measure in scores.measures.items()}
 
 
 def against(
@@ -60,22 +50,10 @@ def costs(decoder: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, float | 
         "nfe_max": max(nfe),
         "new_tokens_mean": tokens / len(rows),
         "tokens_per_forward": tokens / sum(nfe),
-        "acceptance_length": _acceptance_length(decoder, rows, tokens),
+        "acceptance_length": acceptance_length(
+            decoder, nfe, [row.get("num_verifications") for row in rows], tokens
+        ),
     }
-
-
-def _acceptance_length(
-    decoder: str, rows: Sequence[Mapping[str, Any]], tokens: int
-) -> float | None:
-    """Tokens that one check of a draft adds, its own one among them; None where none was needed.
-
-    Reading the source gives each text its first token without a check.
-    """
-    checks = {
-        "ar+mtp": sum(row["nfe"] - 1 for row in rows),
-        "tess+ar": sum(row["num_verifications"] for row in rows),
-    }.get(decoder)
-    return (tokens - len(rows)) / checks if checks else None
 
 
 def share_equal(ours: Sequence[str], theirs: Sequence[str]) -> float:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tess.comparison_recipe import UNTRAINED
+from tess.protocol_report import bounded, digits_of
 
 BASELINES = {"copy": "copy of the source", "lead": "lead", "truncation": "truncation"}
 
@@ -27,18 +28,7 @@ def markdown(report: Mapping[str, Any], plots: Sequence[str] = ()) -> str:
 
 def interval(figure: Mapping[str, float]) -> str:
     """`32.6 [31.2, 34.0]`."""
-    return _bounded(figure["value"], figure)
-
-
-def _bounded(value: float, bounds: Mapping[str, float], sign: str = "") -> str:
-    digits = _digits(value, bounds["low"], bounds["high"])
-    low, high = (f"{bounds[end]:{sign}.{digits}f}" for end in ("low", "high"))
-    return f"{value:{sign}.{digits}f} [{low}, {high}]"
-
-
-def _digits(*values: float) -> int:
-    largest = max(map(abs, values))
-    return 1 if largest >= 10 else 2 if largest >= 1 else 3
+    return bounded(figure["value"], figure)
 
 
 def _first(system: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -97,7 +87,7 @@ def _quality(report: Mapping[str, Any]) -> list[str]:
 def _test(test: Mapping[str, float] | None) -> list[str]:
     if test is None:
         return ["-", "-"]
-    return [_bounded(test["difference"], test, "+"), f"{test['p_value']:.4f}"]
+    return [bounded(test["difference"], test, "+"), f"{test['p_value']:.4f}"]
 
 
 def _baseline(name: str, results: Mapping[str, Any]) -> str:
@@ -246,7 +236,7 @@ def _seeds(report: Mapping[str, Any]) -> list[str]:
     ]
     for name, system in results["systems"].items():
         spread = system["over_seeds"][main]
-        digits = _digits(*spread.values())
+        digits = digits_of(*spread.values())
         values = [spread["mean"], spread["min"], spread["max"]]
         cells = [f"{value:.{digits}f}" for value in values]
         cells += [interval(one["measures"][main]) for one in system["seeds"].values()]

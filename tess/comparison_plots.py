@@ -99,7 +99,9 @@ def save_figure(figure: Any, stem: Path) -> list[Path]:
 
 def _title(report: Mapping[str, Any]) -> str:
     data, seeds = report["results"]["data"], report["results"]["seeds"]
-    return f"{report['name']}: {data['rows']} rows, seed {seeds[0]}, 95 % intervals over rows"
+    level = 100 * report["results"]["protocol"]["level"]
+    intervals = f"{level:g} % intervals over rows"
+    return f"{report['name']}: {data['rows']} rows, seed {seeds[0]}, {intervals}"
 
 
 def _level(axis: Any, figure: Mapping[str, float], colour: str, style: str, label: str) -> None:

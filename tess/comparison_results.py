@@ -6,7 +6,6 @@ from typing import Any
 from tess.comparison_figures import (
     against,
     costs,
-    figures,
     over_seeds,
     score_all,
     share_equal,
@@ -17,6 +16,7 @@ from tess.comparison_systems import Models
 from tess.comparison_timing import evenly_spaced
 from tess.comparison_training import DEFAULTS, Arm, differing
 from tess.loading import Example
+from tess.protocol_report import figures
 from tess.protocols import (
     PROTOCOLS,
     ProtocolScores,
@@ -84,7 +84,7 @@ def make_results(
             "lead_sentences": sentences,
             "truncation_words": words,
             "truncation_words_are": of_what,
-            "measures": {name: figures(one, LEVEL, RESAMPLES) for name, one in scored.items()},
+            "measures": {name: figures(one) for name, one in scored.items()},
         },
         "greedy_ar": greedy,
         "systems": {
@@ -138,9 +138,9 @@ def _one_seed(
         if described["num_candidates"] > 1:
             samples[system.name] = f"{described['num_candidates']}-{described['choose_by']}"
     scored = score_all(protocol, texts, references, sources, samples)
-    measures = {name: figures(one, LEVEL, RESAMPLES) for name, one in scored.items()}
+    measures = {name: figures(one) for name, one in scored.items()}
     copy, main = baseline_scores[COPY], PROTOCOLS[protocol].main
-    others = {COPY: figures(copy, LEVEL, RESAMPLES), UNTRAINED: measures[UNTRAINED]}
+    others = {COPY: figures(copy), UNTRAINED: measures[UNTRAINED]}
     higher = copy.measures[main].higher_is_better is not False
     found = {}
     for system in systems:

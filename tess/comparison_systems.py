@@ -6,6 +6,7 @@ while that stays the same: settings, weights, seed, rows, batch size, type and d
 
 import dataclasses
 import hashlib
+import importlib.metadata
 import json
 import logging
 import os
@@ -175,7 +176,10 @@ def texts_key(
         "batch_size": batch_size,
         "dtype": dtype,
         "device": "cuda" if torch.cuda.is_available() else "cpu",
-        "version": tess.__version__,
+        "versions": {
+            "tess": tess.__version__,
+            **{name: importlib.metadata.version(name) for name in ("torch", "transformers")},
+        },
     }
 
 

@@ -19,7 +19,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from tess.arguments import CHANGEABLE, DataArguments, ModelArguments, Settings, parse_settings
 from tess.backbones.config import HybridConfig
-from tess.comparison_recipe import ARMS, Recipe, Stage
+from tess.comparison_recipe import ARMS, Recipe, Stage, known_keys
 from tess.errors import UserError
 from tess.evaluation import write_atomically
 from tess.saving import Parts, kind_of, own_fields
@@ -39,6 +39,9 @@ _BUDGET = ["max_steps", "num_train_epochs", "per_device_train_batch_size"]
 _BUDGET += ["gradient_accumulation_steps", "seed", "data_seed"]
 SAME = {"model": ["preset", *SIZES], "data": _DATA, "training": _BUDGET}
 """Settings that both arms of a stage have in common: sizes, data, updates, batches and seed."""
+
+ALLOWABLE = {"arms", "init_from", "tokenizer", "updates"} | {n for g in SAME.values() for n in g}
+"""Names that `allow_differences` may have."""
 
 _PLACES = {"output_dir", "logging_dir", "run_name", "init_from", "tokenizer", "train_tokenizer"}
 _PLACES |= {"data_root"}
@@ -164,6 +167,11 @@ def _arm(
 
 
 # ---- alike ----
+
+
+def check_allowed(recipe: Recipe) -> None:
+    """Raises UserError, with near matches, for a name that allows nothing."""
+    known_keys(dict.fromkeys(recipe.allow_differences), ALLOWABLE, "allow_differences")
 
 
 def check_alike(arms: Mapping[str, Arm], allowed: Sequence[str]) -> None:
@@ -295,6 +303,11 @@ def run_arm(arm: Arm, advance: Callable[[int], None] = lambda updates: None) -> 
     now = {"settings": dict(arm.settings), "start": None}
     if start and Path(start).is_dir():
         now["start"] = digest_folder(Path(start))
+    if not record and updates_of(arm.folder) is not None:
+        raise UserError(
+            f"{arm.folder} holds a training that no comparison started, whose settings cannot be "
+            "checked; choose another output_dir, or remove that folder"
+        )
     _check_record(arm, record, now)
     finished = record.get("weights")
     if finished and arm.final.is_dir() and digest_folder(arm.final) == finished:

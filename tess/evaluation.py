@@ -39,6 +39,7 @@ class Generation(Protocol):
     text: str
     num_new_tokens: int  # new tokens that are not padding
     nfe: int  # network evaluations spent on this text, all candidates together
+    num_verifications: int  # of tess+ar: evaluations of the causal model after the source's
     first: "Generation | None"  # the first candidate, where there were several
 
 
@@ -203,7 +204,9 @@ def evaluate(
         "num_draft_tokens": decoder.num_draft_tokens,
         "num_beams": decoder.num_beams,
         "length_penalty": decoder.length_penalty,
-        "acceptance_length": _acceptance_length(decoder, generations, new_tokens),
+        "acceptance_length": acceptance_length(
+            decoder.name, nfe, [one.num_verifications for one in generations], new_tokens
+        ),
         "metrics": metrics,
         "protocol": section,
         "versions": _versions(),
@@ -248,17 +251,21 @@ def _stopping(rule: StoppingRule | None) -> dict[str, float | None] | None:
     return {"patience": rule.patience, "max_entropy": bound if math.isfinite(bound) else None}
 
 
-def _acceptance_length(
-    decoder: Decoder, generations: Sequence[Generation], new_tokens: int
+def acceptance_length(
+    decoder: str, nfe: Sequence[int], num_verifications: Sequence[int | None], new_tokens: int
 ) -> float | None:
     """Tokens that one check of a draft adds, on average: the drafts that stay, and its own one.
 
-    None for a decoder that does not draft, and where no text needed a check.
+    nfe, num_verifications: of each text; the latter is read of tess+ar. None for a decoder that
+    does not draft, and where no text needed a check.
     """
-    checks = sum(int(generation.nfe) - 1 for generation in generations)
-    if decoder.num_draft_tokens is None or checks == 0:
-        return None
-    return (new_tokens - len(generations)) / checks  # reading the source gave each its first
+    checks = 0
+    if decoder == "ar+mtp":
+        checks = sum(count - 1 for count in nfe)
+    elif decoder == "tess+ar":
+        checks = sum(num_verifications)
+    # reading the source gave each text its first token
+    return (new_tokens - len(nfe)) / checks if checks else None
 
 
 def prepare_output_dir(path: str | Path) -> Path:

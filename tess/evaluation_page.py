@@ -92,8 +92,10 @@ def _sampler_settings(report: Mapping[str, Any]) -> dict[str, Any]:
 def _draft_lines(report: Mapping[str, Any]) -> list[str]:
     if report["acceptance_length"] is None:
         return []
+    drafted = report["num_draft_tokens"]
+    fixed = [] if drafted is None else [f"| drafted tokens per evaluation | {drafted} |"]
     return [
-        f"| drafted tokens per evaluation | {report['num_draft_tokens']} |",
+        *fixed,
         f"| tokens kept per evaluation of a draft | {report['acceptance_length']:.2f} |",
     ]
 

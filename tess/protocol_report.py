@@ -67,7 +67,9 @@ def protocol_section(
         "resampling_seed": seed,
         "lead_sentences": sentences,
         "truncation_words": words,
-        "figures": {title: _figures(one, resamples, seed) for title, one in scored.items()},
+        "figures": {
+            title: figures(one, resamples=resamples, seed=seed) for title, one in scored.items()
+        },
         "against_copy": {
             key: paired_test(measure, copy.measures[key], resamples=resamples, seed=seed)._asdict()
             for key, measure in system.measures.items()
@@ -75,9 +77,13 @@ def protocol_section(
     }
 
 
-def _figures(scores: ProtocolScores, resamples: int, seed: int) -> dict[str, dict[str, float]]:
+def figures(
+    scores: ProtocolScores, *, level: float = LEVEL, resamples: int = RESAMPLES, seed: int = 0
+) -> dict[str, dict[str, float]]:
+    """Each measure's `value` with the bounds `low` and `high` of its bootstrap interval."""
+
     def figure(measure: Measure) -> dict[str, float]:
-        interval = bootstrap_interval(measure, resamples=resamples, seed=seed)
+        interval = bootstrap_interval(measure, level=level, resamples=resamples, seed=seed)
         return {"value": measure.value, **interval._asdict()}
 
     return {key: figure(measure) for key, measure in scores.measures.items()}
@@ -85,14 +91,14 @@ def _figures(scores: ProtocolScores, resamples: int, seed: int) -> dict[str, dic
 
 def protocol_lines(section: Mapping[str, Any]) -> list[str]:
     """The section in Markdown: a table and the signatures."""
-    figures = section["figures"]
+    columns = section["figures"]
     names = {
         **TITLES,
         "copy": "copy",
         "lead": f"lead {section['lead_sentences']}",
         "truncation": f"first {section['truncation_words']} words",
     }
-    titles = [names.get(key, key) for key in figures]
+    titles = [names.get(key, key) for key in columns]
     lines = [
         f"## Protocol `{section['name']}`",
         "",
@@ -104,8 +110,8 @@ def protocol_lines(section: Mapping[str, Any]) -> list[str]:
         "|---|" + "---:|" * (len(titles) + 2),
     ]
     for key, test in section["against_copy"].items():
-        cells = [_cell(column[key]["value"], column[key]) for column in figures.values()]
-        cells += [_cell(test["difference"], test), f"{test['p_value']:.4f}"]
+        cells = [bounded(column[key]["value"], column[key]) for column in columns.values()]
+        cells += [bounded(test["difference"], test, "+"), f"{test['p_value']:.4f}"]
         label = f"**{key}**" if key == section["main"] else key
         lines.append(f"| {label} | {' | '.join(cells)} |")
     return [*lines, "", "```", *section["signatures"].values(), "```", ""]
@@ -114,17 +120,25 @@ def protocol_lines(section: Mapping[str, Any]) -> list[str]:
 def protocol_summary(section: Mapping[str, Any]) -> list[str]:
     """The main measure of all columns, for the terminal."""
     main, test = section["main"], section["against_copy"][section["main"]]
-    figures = ", ".join(
-        f"{title} {_cell(column[main]['value'], column[main])}"
+    columns = ", ".join(
+        f"{title} {bounded(column[main]['value'], column[main])}"
         for title, column in section["figures"].items()
     )
     return [
-        f"protocol {section['name']}, {main}: {figures}; system - copy "
-        f"{_cell(test['difference'], test)}, p = {test['p_value']:.4f}",
+        f"protocol {section['name']}, {main}: {columns}; system - copy "
+        f"{bounded(test['difference'], test, '+')}, p = {test['p_value']:.4f}",
         section["signature"],
     ]
 
 
-def _cell(value: float, bounds: Mapping[str, float]) -> str:
-    digits = 2 if max(map(abs, (value, bounds["low"], bounds["high"]))) >= 2 else 3
-    return f"{value:.{digits}f} [{bounds['low']:.{digits}f}, {bounds['high']:.{digits}f}]"
+def bounded(value: float, bounds: Mapping[str, float], sign: str = "") -> str:
+    """`32.6 [31.2, 34.0]`; sign "+" shows that of positive numbers too."""
+    digits = digits_of(value, bounds["low"], bounds["high"])
+    low, high = (f"{bounds[end]:{sign}.{digits}f}" for end in ("low", "high"))
+    return f"{value:{sign}.{digits}f} [{low}, {high}]"
+
+
+def digits_of(*values: float) -> int:
+    """Decimals that leave figures of this size three digits."""
+    largest = max(map(abs, values))
+    return 1 if largest >= 10 else 2 if largest >= 1 else 3

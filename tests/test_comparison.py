@@ -13,6 +13,7 @@ from tess.comparison import compare
 from tess.comparison_figures import costs, over_seeds, verdict
 from tess.comparison_page import interval, markdown
 from tess.comparison_recipe import DEFAULT_SYSTEMS, System, read_recipe
+from tess.comparison_systems import Models, texts_key
 from tess.comparison_timing import evenly_spaced, measure_peak, peak_memory
 from tess.comparison_training import ARM_FILE, plan_arms
 from tess.errors import UserError
@@ -187,6 +188,25 @@ def test_a_training_with_other_settings_is_refused(finished, tmp_path):
             compare(recipe_in(tmp_path, stages=stages), only=only, plots=False)
 
 
+def test_a_training_that_no_comparison_started_is_refused(finished, tmp_path):
+    (_, other), _, _ = finished
+    shutil.copytree(other / "out", tmp_path / "out", symlinks=True)
+    (tmp_path / "out" / "train" / "main" / "ar.seed0" / ARM_FILE).unlink()
+    with pytest.raises(UserError, match="ar.seed0 holds a training that no comparison started"):
+        compare(recipe_in(tmp_path), only="train", plots=False)
+
+
+def test_texts_are_kept_for_the_libraries_that_made_them(monkeypatch):
+    def key():
+        models = Models(0, Path("x"), {"tess": "a"})
+        return texts_key(System("x", "tess"), models, ["a"], batch_size=1, dtype="float32")
+
+    before = key()
+    assert key() == before
+    monkeypatch.setattr("importlib.metadata.version", lambda name: f"another {name}")
+    assert key() != before
+
+
 def test_an_interrupted_training_goes_on(finished, tmp_path):
     (_, other), (_, before), _ = finished
     shutil.copytree(other / "out", tmp_path / "out", symlinks=True)
@@ -338,6 +358,11 @@ def test_a_bad_recipe_is_one_sentence(tmp_path, changes, message):
     with pytest.raises(UserError, match=message) as caught:
         recipe_in(tmp_path, changes)
     assert "\n" not in str(caught.value)
+
+
+def test_a_difference_that_is_none_is_not_allowed(tmp_path):
+    with pytest.raises(UserError, match="no key 'max_step'; did you mean max_steps"):
+        compare(recipe_in(tmp_path, allow_differences=["max_step"]), plots=False)
 
 
 def test_what_only_a_run_can_see_is_one_sentence_too(finished, tmp_path):

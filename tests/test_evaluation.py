@@ -35,6 +35,7 @@ class Text:
     text: str
     num_new_tokens: int
     nfe: int
+    num_verifications: int = 0
     first: "Text | None" = None
 
 
@@ -126,6 +127,18 @@ def test_acceptance_length_is_tokens_per_check_of_a_draft():
     assert got.report["acceptance_length"] == pytest.approx((2 + 5) / (1 + 2))
     assert got.report["tokens_per_forward"] == pytest.approx(9 / 5)
     assert "| tokens kept per evaluation of a draft | 2.33 |" in markdown(got.report)
+
+
+def test_acceptance_length_of_drafts_by_diffusion_counts_the_verifier_alone():
+    decoder = Drafts()
+    decoder.name, decoder.num_draft_tokens = "tess+ar", None
+    texts = [Text("a b c", 3, 9, num_verifications=1), Text("one two", 6, 9, num_verifications=4)]
+    decoder.generate = lambda *_, **__: texts
+    report = evaluate(decoder, EXAMPLES, checkpoint="c", data=DATA).report
+    assert report["acceptance_length"] == pytest.approx((2 + 5) / (1 + 4))
+    page = markdown(report)
+    assert "| tokens kept per evaluation of a draft | 1.40 |" in page
+    assert "drafted tokens per evaluation" not in page
 
 
 class BestOfThree(FirstWords):

@@ -1,6 +1,5 @@
 """The overview of several comparisons: what its table says, and what it refuses."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -79,7 +78,6 @@ def test_reports_come_in_the_given_order(tmp_path):
     assert page.index("| first |") < page.index("| second |")
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("matplotlib"), reason="needs matplotlib")
 def test_the_figure_has_a_panel_for_each_report_and_is_the_same_twice(tmp_path):
     reports = [report("one"), report("two")]
     written = write_overview(reports, tmp_path)

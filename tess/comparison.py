@@ -19,12 +19,15 @@ import torch
 import tess
 from tess.benchmarks import environment
 from tess.comparison_data import load_test_rows, training_facts
+from tess.comparison_distillation import distill
 from tess.comparison_page import markdown
 from tess.comparison_plots import plot_comparison
 from tess.comparison_progress import (
+    AR_ROW,
     Progress,
     arm_work,
     row_work,
+    text_work,
     timing_work,
     total_work,
     update_work,
@@ -174,7 +177,25 @@ def _train(run: Comparison, only: str | None) -> list[dict[str, Any]]:
     return records
 
 
+def _distill(run: Comparison, arm: Arm) -> None:
+    work, done = text_work(arm), 0.0
+
+    def advance(rows: int) -> None:
+        nonlocal done
+        done += AR_ROW * rows
+        run.progress.advance(AR_ROW * rows)
+
+    run.progress.begin(f"texts for {arm.label}")
+    written = distill(arm, advance)
+    run.progress.skip(work - done)
+    what = f"{written} texts written" if written else "texts are there already"
+    run.progress.say(f"{arm.label}: {what} to learn from")
+    run.progress.begin(f"train {arm.label}")
+
+
 def _train_arm(run: Comparison, arm: Arm) -> dict[str, Any]:
+    if arm.teacher is not None:
+        _distill(run, arm)
     work, each = arm_work(arm), update_work(arm)
     done = 0.0
 

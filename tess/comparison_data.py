@@ -43,11 +43,11 @@ def training_facts(
 ) -> dict[str, dict[str, Any]]:
     """For each stage: training rows, mean words of a target, test rows that share a text with them.
 
-    Read from the files once and kept in `path`; a stage's data settings are its tess arm's, where
-    it has one.
+    Read from the files once and kept in `path`; a stage's data settings are its ar arm's, where it
+    has one: those of a distilled tess arm are texts of the ar arm.
     """
-    stages = {arm.stage: arm for arm in arms if arm.kind == "ar"}
-    stages |= {arm.stage: arm for arm in arms if arm.kind == "tess"}
+    stages = {arm.stage: arm for arm in arms if arm.kind == "tess"}
+    stages |= {arm.stage: arm for arm in arms if arm.kind == "ar"}
     stages = {arm.stage: stages[arm.stage] for arm in arms}  # in the order of the recipe
     test = [(row.source, *row.references) for row in examples]
     key = {

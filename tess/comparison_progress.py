@@ -71,13 +71,18 @@ def arm_work(arm: Arm) -> float:
     return update_work(arm) * (steps if steps > 0 else 1000)
 
 
+def text_work(arm: Arm) -> float:
+    """What a distilled arm's teacher writes."""
+    return AR_ROW * (arm.distilled_rows or 0)
+
+
 def total_work(
     recipe: Recipe, systems: Sequence[System], arms: Sequence[Arm], rows: int, only: str | None
 ) -> float:
     """The whole plan."""
     total = 0.0
     if only in (None, "train"):
-        total += sum(arm_work(arm) for arm in arms)
+        total += sum(arm_work(arm) + text_work(arm) for arm in arms)
     if only != "train":
         total += rows * len(recipe.seeds) * sum(row_work(system) for system in systems)
         total += sum(timing_work(recipe, system, rows) for system in recipe.systems)

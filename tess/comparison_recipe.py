@@ -68,6 +68,8 @@ class Stage:
 
     output_dir: where its arms go, so that several recipes can share a stage; None: into the
     comparison's own folder.
+    distilled_rows: training sources for which the ar arm writes what the tess arm learns; None:
+    both learn the targets of the data.
     """
 
     name: str
@@ -76,6 +78,7 @@ class Stage:
     ar: Mapping[str, Any]
     arms: tuple[str, ...] = ARMS
     output_dir: str | None = None
+    distilled_rows: int | None = None
 
 
 @dataclass(frozen=True)
@@ -207,7 +210,17 @@ def _stage(item: Any, at: int) -> Stage:
     arms = tuple(_list(item.get("arms", list(ARMS)), f"{where}, arms"))
     if not arms or not set(arms) <= set(ARMS):
         raise UserError(f"stage {name!r}: arms may name {' and '.join(ARMS)}, got {list(arms)}")
-    return Stage(name, **groups, arms=arms, output_dir=item.get("output_dir"))
+    rows = item.get("distilled_rows")
+    if rows is not None:
+        rows = typed(rows, int, f"stage {name!r}, distilled_rows")
+        if rows < 1:
+            raise UserError(f"stage {name!r}: distilled_rows must be at least 1, got {rows}")
+        if set(arms) != set(ARMS):
+            raise UserError(
+                f"stage {name!r}: distilled_rows needs both arms, as ar writes what tess learns; "
+                f"got {list(arms)}"
+            )
+    return Stage(name, **groups, arms=arms, output_dir=item.get("output_dir"), distilled_rows=rows)
 
 
 def _system(item: Any, at: int) -> System:

@@ -45,22 +45,34 @@ ALLOWABLE = {"arms", "init_from", "tokenizer", "updates"} | {n for g in SAME.val
 
 _PLACES = {"output_dir", "logging_dir", "run_name", "init_from", "tokenizer", "train_tokenizer"}
 _PLACES |= {"data_root"}
+_ROWS = ("task", "dataset", "train_file", "text_column", "max_train_samples")
+_ROWS_DISTILLED = {*_ROWS, "source_column", "target_column", "drop_copies", "eval_strategy"}
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One training run. `settings` are flat, as `scripts/train.py` takes them."""
+    """One training run. `settings` are flat, as `scripts/train.py` takes them.
+
+    A distilled arm learns what its `teacher` wrote for `distilled_rows` of the training sources.
+    """
 
     stage: str
     kind: str
     seed: int
     folder: Path
     settings: Mapping[str, Any]
+    teacher: "Arm | None" = None
+    distilled_rows: int | None = None
 
     @property
     def final(self) -> Path:
         """The checkpoint that it ends with."""
         return self.folder / FINAL_FOLDER
+
+    @property
+    def texts(self) -> Path | None:
+        """The file with the teacher's texts (`tess.comparison_distillation`)."""
+        return self.teacher and self.teacher.folder / f"distilled_{self.distilled_rows}.jsonl"
 
     @property
     def label(self) -> str:
@@ -101,6 +113,13 @@ def plan_arms(recipe: Recipe) -> list[Arm]:
             for kind in stage.arms:
                 new[kind] = _arm(recipe, stage, kind, seed, before, new)
             check_alike(new, recipe.allow_differences)
+            if stage.distilled_rows is not None:
+                if new["tess"].settings.get("train_tokenizer"):
+                    raise UserError(
+                        f"stage {stage.name!r}: distilled_rows needs a tokenizer that is there "
+                        "before the ar arm is trained; give it as tokenizer, or in a stage before"
+                    )
+                new = {"ar": new["ar"], "tess": _distilled(new["tess"], new["ar"], stage)}
             arms |= {arm.folder: arm for arm in new.values() if arm.folder not in arms}
             before |= new
         if missing := sorted(set(ARMS) - set(before)):
@@ -166,6 +185,17 @@ def _arm(
     return Arm(stage.name, kind, settings["seed"], folder, settings)
 
 
+def _distilled(arm: Arm, teacher: Arm, stage: Stage) -> Arm:
+    """The arm with its teacher's texts as training file, in place of the data that both had."""
+    own = dict.fromkeys(_ROWS) | {"source_column": "source", "target_column": "target"}
+    own |= {"drop_copies": True}
+    found = dataclasses.replace(arm, teacher=teacher, distilled_rows=stage.distilled_rows)
+    own["train_file"] = [str(found.texts.resolve())]
+    if arm.settings.get("task") and not arm.settings.get("validation_file"):
+        own |= {"eval_strategy": None}  # the task's validation rows are not read with a file
+    return dataclasses.replace(found, settings=dict(arm.settings) | own)
+
+
 # ---- alike ----
 
 
@@ -222,7 +252,12 @@ def differing(tess: Arm, ar: Arm) -> dict[str, list[Any]]:
     names = sorted((set(tess.settings) | set(ar.settings)) - _PLACES - {"objective"})
     pairs = {name: [tess.settings.get(name), ar.settings.get(name)] for name in names}
     pairs.pop("vocab_size", None)
-    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+    found = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+    if tess.teacher is not None:
+        what = f"written by the ar arm for {tess.distilled_rows} training sources, no copies"
+        found = {name: pair for name, pair in found.items() if name not in _ROWS_DISTILLED}
+        found = {"training targets": [what, "those of the data"]} | found
+    return found
 
 
 def check_checkpoints(tess: Parts, ar: Parts, allowed: Sequence[str]) -> dict[str, list[Any]]:
@@ -300,9 +335,11 @@ def run_arm(arm: Arm, advance: Callable[[int], None] = lambda updates: None) -> 
     """
     record = _read_record(arm)
     start = arm.settings.get("init_from") or arm.settings.get("tokenizer")
-    now = {"settings": dict(arm.settings), "start": None}
+    now = {"settings": _recorded(arm), "start": None, "texts": None}
     if start and Path(start).is_dir():
         now["start"] = digest_folder(Path(start))
+    if arm.texts is not None:
+        now["texts"] = hashlib.sha256(arm.texts.read_bytes()).hexdigest()[:16]
     if not record and updates_of(arm.folder) is not None:
         raise UserError(
             f"{arm.folder} holds a training that no comparison started, whose settings cannot be "
@@ -344,8 +381,17 @@ def finished_arm(arm: Arm) -> dict[str, Any]:
             "run --only train"
         )
     # what it started from need not be on this machine
-    _check_record(arm, record, {"settings": dict(arm.settings), "start": record.get("start")})
+    now = {key: record.get(key) for key in ("start", "texts")}
+    _check_record(arm, record, {"settings": _recorded(arm)} | now)
     return {key: record[key] for key in ("updates", "weights", "seconds_per_update")}
+
+
+def _recorded(arm: Arm) -> dict[str, Any]:
+    """Settings as the record has them: of a teacher's texts their hash is kept, not the place."""
+    if arm.teacher is None:
+        return dict(arm.settings)
+    rows = {"distilled_rows": arm.distilled_rows}
+    return {k: v for k, v in arm.settings.items() if k != "train_file"} | rows
 
 
 def _read_record(arm: Arm) -> dict[str, Any]:
@@ -368,6 +414,11 @@ def _check_record(arm: Arm, record: Mapping[str, Any], now: Mapping[str, Any]) -
         raise UserError(
             f"{arm.folder} was started from other files than its init_from or tokenizer has now; "
             "choose another output_dir, or remove that folder"
+        )
+    if record.get("texts") != now["texts"]:
+        raise UserError(
+            f"{arm.folder} learned other texts than those in {arm.texts}; choose another "
+            "output_dir, or remove that folder"
         )
 
 

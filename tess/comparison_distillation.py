@@ -9,11 +9,10 @@ decoders Gu et al., arXiv 1711.02281).
 import hashlib
 import json
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
-from tess.comparison_systems import keep, kept
+from tess.comparison_systems import keep, kept, without_warnings
 from tess.comparison_timing import evenly_spaced
 from tess.comparison_training import Arm, finished_arm
 from tess.decoders import load_decoder
@@ -56,7 +55,8 @@ def distill(arm: Arm, advance: Callable[[int], None] = lambda rows: None) -> int
     decoder = load_decoder(teacher.final, "ar", torch.float32)
     while len(texts) < len(chosen):
         now = chosen[len(texts) : len(texts) + CHUNK]
-        texts += [one.text for one in decoder.generate(now, batch_size=BATCH_SIZE)]
+        with without_warnings():  # the training says what it drops or cuts
+            texts += [one.text for one in decoder.generate(now, batch_size=BATCH_SIZE)]
         keep(part, key, {"texts": texts})
         advance(len(now))
     pairs = [
@@ -68,5 +68,5 @@ def distill(arm: Arm, advance: Callable[[int], None] = lambda rows: None) -> int
         raise UserError(f"{arm.label}: {teacher.label} wrote nothing but empty texts to learn from")
     write_atomically(path, "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in pairs))
     keep(record, key, {"pairs": len(pairs)})
-    Path(part).unlink(missing_ok=True)
+    part.unlink(missing_ok=True)
     return len(chosen) - before

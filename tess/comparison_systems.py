@@ -118,7 +118,7 @@ def write_texts(
     advance: Callable[[int], None] = lambda rows: None,
 ) -> list[Generation]:
     """One text per source; advance is told how many are done since the last call."""
-    with _counted(decoder, advance), _without_warnings():
+    with _counted(decoder, advance), without_warnings():
         return decoder.generate(
             list(sources),
             num_inference_steps=steps_of(system, decoder),
@@ -146,7 +146,7 @@ def _counted(decoder: Decoder, advance: Callable[[int], None]) -> Iterator[None]
 
 
 @contextmanager
-def _without_warnings() -> Iterator[None]:
+def without_warnings() -> Iterator[None]:
     """Cut sources are counted in the report, not warned of at every pass over them."""
     logger = logging.getLogger("tess.tokenization")
     level = logger.level
@@ -188,7 +188,7 @@ def describe(
 ) -> dict[str, Any]:
     """What the report says of a decoder, and its floating-point operations per output token."""
     try:
-        with _without_warnings():
+        with without_warnings():
             lengths = source_lengths(decoder, sources)
         cost = flops_of_run(decoder, lengths, texts)
         flops, why = cost.per_output_token, None

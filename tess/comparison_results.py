@@ -182,6 +182,7 @@ def _training(
     for stage in recipe.stages:
         own = {arm.kind: arm for arm in reversed(arms) if arm.stage == stage.name}
         some = own[next(kind for kind in ARMS if kind in own)]
+        some = some.teacher or some  # whose rows are the data's, not a file in the output folder
         apart = differing(own["tess"], own["ar"]) if len(own) == 2 else {}
         stages.append({
             "name": stage.name,

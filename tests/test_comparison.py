@@ -355,6 +355,8 @@ def test_a_distilled_arm_learns_what_the_other_wrote(finished, tmp_path, monkeyp
         ]
     }
     assert found["data"]["training_rows"] == 12  # of the data, not of the texts
+    assert str(tmp_path) not in json.dumps(report["results"])
+    assert found["shared"]["task"] == "simplification"
 
     lines.clear()
     compare(recipe, only="train", plots=False, say=lines.append)

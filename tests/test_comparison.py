@@ -10,18 +10,14 @@ import pytest
 import yaml
 
 from tess.comparison import compare
-from tess.comparison_distillation import distill
 from tess.comparison_figures import costs, over_seeds, verdict
 from tess.comparison_page import interval, markdown
 from tess.comparison_recipe import DEFAULT_SYSTEMS, System, read_recipe
 from tess.comparison_systems import Models, texts_key
 from tess.comparison_timing import evenly_spaced, measure_peak, peak_memory
-from tess.comparison_training import ARM_FILE, plan_arms, run_arm
-from tess.decoders import load_decoder
+from tess.comparison_training import ARM_FILE, plan_arms
 from tess.errors import UserError
 from tess.protocols import PROTOCOLS
-from tess.tasks import load_task
-from tess.training_texts import bare, load_data
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = {
@@ -321,94 +317,6 @@ def test_more_updates_for_one_arm_alone_are_refused(tmp_path):
     with pytest.raises(UserError, match="stage 'more' trains ar alone"):
         plan_arms(recipe_in(tmp_path, stages=stages))
     assert plan_arms(recipe_in(tmp_path, stages=stages, allow_differences=["arms"]))
-
-
-def test_a_distilled_arm_learns_what_the_other_wrote(finished, tmp_path, monkeypatch):
-    (folder, _), *_ = finished
-    tokenizer = str(folder / "out" / "train" / "main" / "tess.seed0" / "final" / "tokenizer")
-    shared = SIZES | RUN | {"train_tokenizer": None, "vocab_size": None, "tokenizer": tokenizer}
-    stage = {"name": "main", "shared": shared, "distilled_rows": 9}
-    recipe = recipe_in(tmp_path, stages=[stage], systems=TESS_ONLY)
-    ar, tess = plan_arms(recipe)
-    assert (ar.kind, tess.kind, tess.teacher) == ("ar", "tess", ar)
-    monkeypatch.setattr("tess.comparison_distillation.CHUNK", 4)
-    lines = []
-    report = json.loads(compare(recipe, plots=False, say=lines.append).read_text())
-    assert any("9 texts written to learn from" in line for line in lines)
-    rows = [json.loads(line) for line in tess.texts.read_text().splitlines()]
-    decoder = load_decoder(ar.folder, "ar")
-    wanted = [row for row in load_task("simplification", "train")][:12]
-    chosen = [wanted[i].source for i in evenly_spaced(12, 9)]
-    texts = [one.text for one in decoder.generate(chosen)]
-    assert [(row["source"], row["target"]) for row in rows] == [
-        pair for pair in zip(chosen, texts, strict=True) if pair[1].strip()
-    ]
-    trained, _ = load_data(tess.parsed.data, want_eval=False)
-    assert trained == [
-        (r["source"], r["target"]) for r in rows if bare(r["source"]) != bare(r["target"])
-    ]
-    (found,) = report["results"]["training"]["stages"]
-    assert found["differing"] == {
-        "training targets": [
-            "written by the ar arm for 9 training sources, no copies",
-            "those of the data",
-        ]
-    }
-    assert found["data"]["training_rows"] == 12  # of the data, not of the texts
-    assert str(tmp_path) not in json.dumps(report["results"])
-    assert found["shared"]["task"] == "simplification"
-
-    lines.clear()
-    compare(recipe, only="train", plots=False, say=lines.append)
-    assert any("texts are there already" in line for line in lines)
-    assert compare(recipe, only="report", plots=False)
-    moved = tmp_path / "moved"
-    shutil.copytree(tmp_path / "out", moved, symlinks=True)
-    lines.clear()
-    compare(
-        recipe_in(tmp_path, stages=[stage], output_dir=str(moved)), only="train", say=lines.append
-    )
-    assert sum("is trained already" in line for line in lines) == 2
-    tess.texts.write_text(
-        tess.texts.read_text() + json.dumps({"source": "a", "target": "b"}) + "\n"
-    )
-    with pytest.raises(UserError, match="learned other texts than those in"):
-        compare(recipe, only="train")
-
-
-def test_an_interrupted_distillation_goes_on(finished, tmp_path, monkeypatch):
-    (folder, _), *_ = finished
-    tokenizer = str(folder / "out" / "train" / "main" / "tess.seed0" / "final" / "tokenizer")
-    shared = SIZES | RUN | {"train_tokenizer": None, "vocab_size": None, "tokenizer": tokenizer}
-    stage = {"name": "main", "shared": shared, "distilled_rows": 12}
-    ar, tess = plan_arms(recipe_in(tmp_path, stages=[stage]))
-    run_arm(ar)
-    monkeypatch.setattr("tess.comparison_distillation.CHUNK", 4)
-
-    def stop(rows, seen=[]):  # noqa: B006
-        seen.append(rows)
-        if len(seen) == 3:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        distill(tess, stop)
-    assert not tess.texts.exists()
-    assert distill(tess) == 4  # 8 were kept
-    first = tess.texts.read_text()
-    assert distill(tess) == 0
-    tess.texts.unlink()
-    assert distill(tess) == 12
-    assert tess.texts.read_text() == first
-
-
-def test_distillation_needs_both_arms_and_a_tokenizer(tmp_path):
-    stage = RECIPE["stages"][0] | {"distilled_rows": 5}
-    with pytest.raises(UserError, match="'main': distilled_rows needs a tokenizer that is there"):
-        plan_arms(recipe_in(tmp_path, stages=[stage]))
-    with pytest.raises(UserError, match="distilled_rows needs both arms"):
-        recipe_in(tmp_path, stages=[stage | {"arms": ["tess"]}])
-    with pytest.raises(UserError, match="distilled_rows must be at least 1, got 0"):
-        recipe_in(tmp_path, stages=[stage | {"distilled_rows": 0}])
 
 
 STAGE = RECIPE["stages"][0]

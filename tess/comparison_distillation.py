@@ -2,7 +2,7 @@
 
 Of a stage with `distilled_rows` both arms have the same training sources, as many updates and the
 same batches; the targets of the AR arm are the data's, those of the TESS arm are what the finished
-AR arm wrote for the sources, decoded greedily (Kim and Rush, arXiv 1606.07947; for parallel
+AR arm wrote for the sources, greedily or with beams (Kim and Rush, arXiv 1606.07947; for parallel
 decoders Gu et al., arXiv 1711.02281).
 """
 
@@ -52,11 +52,13 @@ def distill(arm: Arm, advance: Callable[[int], None] = lambda rows: None) -> int
     texts: list[str] = (kept(part, key) or {"texts": []})["texts"]
     advance(len(texts))
     before = len(texts)
-    decoder = load_decoder(teacher.final, "ar", torch.float32)
+    beams = arm.distilled_num_beams
+    decoder = load_decoder(teacher.final, "ar", torch.float32, num_beams=beams)
+    width = max(BATCH_SIZE // beams, 1)
     while len(texts) < len(chosen):
         now = chosen[len(texts) : len(texts) + CHUNK]
         with without_warnings():  # the training says what it drops or cuts
-            texts += [one.text for one in decoder.generate(now, batch_size=BATCH_SIZE)]
+            texts += [one.text for one in decoder.generate(now, batch_size=width)]
         keep(part, key, {"texts": texts})
         advance(len(now))
     pairs = [

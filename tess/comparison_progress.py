@@ -73,7 +73,7 @@ def arm_work(arm: Arm) -> float:
 
 def text_work(arm: Arm) -> float:
     """What a distilled arm's teacher writes."""
-    return AR_ROW * (arm.distilled_rows or 0)
+    return AR_ROW * (arm.distilled_rows or 0) * arm.distilled_num_beams
 
 
 def total_work(

@@ -70,6 +70,7 @@ class Stage:
     comparison's own folder.
     distilled_rows: training sources for which the ar arm writes what the tess arm learns; None:
     both learn the targets of the data.
+    distilled_num_beams: with how many beams it writes them; 1 is greedy.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Stage:
     arms: tuple[str, ...] = ARMS
     output_dir: str | None = None
     distilled_rows: int | None = None
+    distilled_num_beams: int = 1
 
 
 @dataclass(frozen=True)
@@ -220,7 +222,15 @@ def _stage(item: Any, at: int) -> Stage:
                 f"stage {name!r}: distilled_rows needs both arms, as ar writes what tess learns; "
                 f"got {list(arms)}"
             )
-    return Stage(name, **groups, arms=arms, output_dir=item.get("output_dir"), distilled_rows=rows)
+    beams = typed(item.get("distilled_num_beams", 1), int, f"stage {name!r}, distilled_num_beams")
+    if beams < 1 or (beams > 1 and rows is None):
+        raise UserError(
+            f"stage {name!r}: distilled_num_beams must be at least 1, and above 1 beside "
+            f"distilled_rows only, got {beams}"
+        )
+    place = item.get("output_dir")
+    return Stage(name, **groups, arms=arms, output_dir=place, distilled_rows=rows,
+                 distilled_num_beams=beams)  # fmt: skip
 
 
 def _system(item: Any, at: int) -> System:

@@ -53,7 +53,8 @@ _ROWS_DISTILLED = {*_ROWS, "source_column", "target_column", "drop_copies", "eva
 class Arm:
     """One training run. `settings` are flat, as `scripts/train.py` takes them.
 
-    A distilled arm learns what its `teacher` wrote for `distilled_rows` of the training sources.
+    A distilled arm learns what its `teacher` wrote, with `distilled_num_beams` beams, for
+    `distilled_rows` of the training sources.
     """
 
     stage: str
@@ -63,6 +64,7 @@ class Arm:
     settings: Mapping[str, Any]
     teacher: "Arm | None" = None
     distilled_rows: int | None = None
+    distilled_num_beams: int = 1
 
     @property
     def final(self) -> Path:
@@ -72,7 +74,9 @@ class Arm:
     @property
     def texts(self) -> Path | None:
         """The file with the teacher's texts (`tess.comparison_distillation`)."""
-        return self.teacher and self.teacher.folder / f"distilled_{self.distilled_rows}.jsonl"
+        beams = f"_beams_{self.distilled_num_beams}" if self.distilled_num_beams > 1 else ""
+        name = f"distilled_{self.distilled_rows}{beams}.jsonl"
+        return self.teacher and self.teacher.folder / name
 
     @property
     def label(self) -> str:
@@ -189,7 +193,12 @@ def _distilled(arm: Arm, teacher: Arm, stage: Stage) -> Arm:
     """The arm with its teacher's texts as training file, in place of the data that both had."""
     own = dict.fromkeys(_ROWS) | {"source_column": "source", "target_column": "target"}
     own |= {"drop_copies": True}
-    found = dataclasses.replace(arm, teacher=teacher, distilled_rows=stage.distilled_rows)
+    found = dataclasses.replace(
+        arm,
+        teacher=teacher,
+        distilled_rows=stage.distilled_rows,
+        distilled_num_beams=stage.distilled_num_beams,
+    )
     own["train_file"] = [str(found.texts.resolve())]
     if arm.settings.get("task") and not arm.settings.get("validation_file"):
         own |= {"eval_strategy": None}  # the task's validation rows are not read with a file
@@ -254,7 +263,9 @@ def differing(tess: Arm, ar: Arm) -> dict[str, list[Any]]:
     pairs.pop("vocab_size", None)
     found = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
     if tess.teacher is not None:
-        what = f"written by the ar arm for {tess.distilled_rows} training sources, no copies"
+        beams = tess.distilled_num_beams
+        what = f"written by the ar arm for up to {tess.distilled_rows} training sources"
+        what += f" with {beams} beams, no copies" if beams > 1 else ", no copies"
         found = {name: pair for name, pair in found.items() if name not in _ROWS_DISTILLED}
         found = {"training targets": [what, "those of the data"]} | found
     return found

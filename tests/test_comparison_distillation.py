@@ -11,7 +11,7 @@ from tess.comparison import compare
 from tess.comparison_distillation import distill
 from tess.comparison_recipe import read_recipe
 from tess.comparison_timing import evenly_spaced
-from tess.comparison_training import plan_arms, run_arm
+from tess.comparison_training import differing, plan_arms, run_arm
 from tess.decoders import load_decoder
 from tess.errors import UserError
 from tess.tasks import load_task
@@ -84,7 +84,7 @@ def test_a_distilled_arm_learns_what_the_other_wrote(tmp_path, monkeypatch):
     (found,) = report["results"]["training"]["stages"]
     assert found["differing"] == {
         "training targets": [
-            "written by the ar arm for 9 training sources, no copies",
+            "written by the ar arm for up to 9 training sources, no copies",
             "those of the data",
         ]
     }
@@ -128,6 +128,26 @@ def test_an_interrupted_distillation_goes_on(tmp_path, monkeypatch):
     tess.texts.unlink()
     assert distill(tess) == 12
     assert tess.texts.read_text() == first
+
+
+def test_the_texts_can_be_written_with_beams(tmp_path):
+    stage = {"name": "main", "shared": SHARED, "distilled_rows": 5}
+    greedy = plan_arms(recipe_in(tmp_path, stage))[1]
+    ar, tess = plan_arms(recipe_in(tmp_path, stage | {"distilled_num_beams": 3}))
+    assert tess.texts != greedy.texts
+    run_arm(ar)
+    assert distill(tess) == 5
+    rows = [json.loads(line) for line in tess.texts.read_text().splitlines()]
+    wanted = [row.source for row in load_task("simplification", "train")][:12]
+    chosen = [wanted[i] for i in evenly_spaced(12, 5)]
+    texts = [one.text for one in load_decoder(ar.folder, "ar", num_beams=3).generate(chosen)]
+    assert [r["target"] for r in rows] == [text for text in texts if text.strip()]
+    assert texts != [one.text for one in load_decoder(ar.folder, "ar").generate(chosen)]
+    (what, _) = differing(tess, ar)["training targets"]
+    assert what == "written by the ar arm for up to 5 training sources with 3 beams, no copies"
+    for values in ({"distilled_num_beams": 0}, {"distilled_num_beams": 2, "distilled_rows": None}):
+        with pytest.raises(UserError, match="distilled_num_beams must be at least 1, and above"):
+            recipe_in(tmp_path, stage | values)
 
 
 def test_distillation_needs_both_arms_and_a_tokenizer(tmp_path):

@@ -6,7 +6,12 @@ from typing import Any
 from tess.comparison_recipe import UNTRAINED
 from tess.protocol_report import bounded, digits_of
 
-BASELINES = {"copy": "copy of the source", "lead": "lead", "truncation": "truncation"}
+BASELINES = {
+    "copy": "copy of the source",
+    "lead": "lead",
+    "truncation": "truncation",
+    "fixed": "one fixed text",
+}
 
 
 def markdown(report: Mapping[str, Any], plots: Sequence[str] = ()) -> str:
@@ -96,6 +101,7 @@ def _baseline(name: str, results: Mapping[str, Any]) -> str:
         "lead": f" (first sentences: {plain['lead_sentences']})",
         "truncation": f" (first {plain['truncation_words']} words, "
         f"{plain['truncation_words_are']})",
+        "fixed": f" (“{plain.get('fixed_text')}”)",
     }
     return BASELINES[name] + extra.get(name, "")
 

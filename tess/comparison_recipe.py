@@ -20,8 +20,8 @@ from tess.sampler_options import SamplerOptions
 from tess.tasks import DEFAULT_DATASET, get_task
 
 ARMS = ("tess", "ar")
-COPY, LEAD, TRUNCATION, UNTRAINED = "copy", "lead", "truncation", "untrained"
-RESERVED = (COPY, LEAD, TRUNCATION, UNTRAINED)
+COPY, LEAD, TRUNCATION, FIXED, UNTRAINED = "copy", "lead", "truncation", "fixed", "untrained"
+RESERVED = (COPY, LEAD, TRUNCATION, FIXED, UNTRAINED)
 UNTRAINED_STEPS = 16
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 
@@ -114,6 +114,7 @@ class Recipe:
     samples: int = 10
     truncation_words: int | None = None
     lead_sentences: int | None = None
+    fixed_text: str | None = None
     allow_differences: tuple[str, ...] = ()
 
     def data_label(self) -> dict[str, Any]:
@@ -307,6 +308,8 @@ def _check(recipe: Recipe) -> None:
         value = getattr(recipe, key)
         if value is not None and value < 1:
             raise UserError(f"{key} must be at least 1, got {value}")
+    if recipe.fixed_text is not None and not recipe.fixed_text.strip():
+        raise UserError("fixed_text must have a word at least, got an empty text")
     if recipe.samples < 0:
         raise UserError(f"samples must not be negative, got {recipe.samples}")
     if recipe.dtype not in ("float32", "bfloat16"):

@@ -51,7 +51,14 @@ def make_results(
     references = [list(example.references) for example in examples]
     words, of_what = _truncation(recipe, facts, references)
     sentences = recipe.lead_sentences or lead_sentences(recipe.task or recipe.protocol)
-    plain = baselines(recipe.protocol, sources, references, words=words, sentences=sentences)
+    plain = baselines(
+        recipe.protocol,
+        sources,
+        references,
+        words=words,
+        sentences=sentences,
+        fixed=recipe.fixed_text,
+    )
     scored = {
         name: score_all(recipe.protocol, {name: texts}, references, sources, {})[name]
         for name, texts in plain.items()
@@ -84,6 +91,7 @@ def make_results(
             "lead_sentences": sentences,
             "truncation_words": words,
             "truncation_words_are": of_what,
+            **({} if recipe.fixed_text is None else {"fixed_text": recipe.fixed_text}),
             "measures": {name: figures(one) for name, one in scored.items()},
         },
         "greedy_ar": greedy,

@@ -167,11 +167,12 @@ def baselines(
     *,
     words: int | None = None,
     sentences: int | None = None,
+    fixed: str | None = None,
 ) -> dict[str, list[str]]:
     """What can be had without a model: texts for every source, by the name of the baseline.
 
     `copy` is the source; `lead` its first sentences; `truncation` its first words, as many for
-    every row.
+    every row; `fixed`, where it is given, the same text for every source.
 
     Args:
         protocol_or_task: the lead has `lead_sentences` of it unless told.
@@ -179,6 +180,8 @@ def baselines(
             all rows. Give the mean of the *training* targets as `words` where it is known.
         words: blank-separated words that truncation keeps.
         sentences: sentences that the lead keeps.
+        fixed: a text that could be written without reading any source, as "We propose a new
+            method." for abstracts of papers: what it scores is no merit of a model.
 
     Raises:
         UserError: no rows, or less than one word or sentence.
@@ -193,7 +196,7 @@ def baselines(
         "copy": list(sources),
         "lead": [" ".join(split_sentences(source)[:sentences]) for source in sources],
         "truncation": [" ".join(source.split()[:words]) for source in sources],
-    }
+    } | ({} if fixed is None else {"fixed": [fixed] * len(sources)})
 
 
 def mean_words(references: Sequence[Sequence[str]]) -> int:

@@ -234,7 +234,7 @@ def test_checkpoints_stages_and_seeds(finished, tmp_path):
         tmp_path, stages=None, task=None, test_limit=None, test_file=str(rows), seeds=[0, 3],
         checkpoints={arm: str(train / f"{arm}.seed0") for arm in ("tess", "ar")},
         systems=[*TESS_ONLY, {"name": "ar", "decoder": "ar"}], protocol="paraphrase",
-        lead_sentences=2,
+        lead_sentences=2, fixed_text="What is it?",
     )  # fmt: skip
     report = json.loads(compare(recipe, plots=False).read_text())
     results = report["results"]
@@ -246,6 +246,11 @@ def test_checkpoints_stages_and_seeds(finished, tmp_path):
     assert "## Over 2 seeds" in markdown(report)
     assert results["baselines"]["truncation_words"] == 1
     assert results["baselines"]["lead_sentences"] == 2
+    measures = results["baselines"]["measures"]  # of these, the copy alone has read the source
+    assert measures["fixed"]["self_bleu"]["value"] < measures["copy"]["self_bleu"]["value"]
+    assert "one fixed text (“What is it?”)" in markdown(report)
+    with pytest.raises(UserError, match="fixed_text must have a word"):
+        recipe_in(tmp_path, fixed_text=" ")
 
 
 def test_checkpoints_with_other_numbers_of_updates_are_refused(finished, tmp_path, monkeypatch):

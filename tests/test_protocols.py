@@ -186,6 +186,8 @@ def test_baselines_copy_lead_and_cut():
     assert got["lead"] == ["One two three. Four five?"]
     # texts longer than the source, and a source without a sentence end, are no trouble
     assert baselines("summ", ["a"], [["a b c"]], words=9)["truncation"] == ["a"]
+    assert "fixed" not in got
+    assert baselines("summ", ["a", "b"], [["c"]] * 2, fixed="d e")["fixed"] == ["d e", "d e"]
 
 
 def test_a_section_of_a_report_has_intervals_baselines_and_a_test_against_the_copy():

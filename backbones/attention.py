@@ -49,5 +49,5 @@ class Attention(nn.Module):
                 attn_mask=context.attention_mask,
                 dropout_p=dropout,
                 enable_gqa=key.shape[1] != query.shape[1],
-            )  # fmt: skip
+            )
         return self.o_proj(out.transpose(1, 2).flatten(2))

@@ -15,11 +15,11 @@ _SIZES = (
     "conv_kernel", "chunk_size", "n_routed_experts", "num_experts_per_tok", "n_group",
     "topk_group", "moe_intermediate_size", "moe_shared_expert_intermediate_size",
     "moe_latent_size",
-)  # fmt: skip
+)
 _LETTERS = {
     "mamba": "M", "linear_attention": "M", "attention": "*", "full_attention": "*",
     "mlp": "-", "moe": "E",
-}  # fmt: skip
+}
 
 # the spelling of some released files -> the field here
 _OLD_NAMES = {

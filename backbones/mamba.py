@@ -44,7 +44,7 @@ class Mamba2Mixer(nn.Module):
         self.conv1d = nn.Conv1d(  # holds the weights; kernels/conv.py does the work
             self.conv_dim, self.conv_dim, config.conv_kernel,
             groups=self.conv_dim, bias=config.use_conv_bias,
-        )  # fmt: skip
+        )
         self.dt_bias = nn.Parameter(torch.empty(self.heads))
         self.A_log = nn.Parameter(torch.empty(self.heads))
         self.D = nn.Parameter(torch.empty(self.heads))
@@ -90,7 +90,7 @@ class Mamba2Mixer(nn.Module):
             y, ssm = ssd_step(
                 x[:, 0], dt_BLH[:, 0], decay, b[:, 0], c[:, 0], state.ssm_state,
                 d_H=self.D, **steps, mask_B=None if mask is None else mask[:, 0],
-            )  # fmt: skip
+            )
             y = y[:, None]
         else:
             both = context.bidirectional and self.direction != "forward"
@@ -102,7 +102,7 @@ class Mamba2Mixer(nn.Module):
                 reverse_scale_H=self.reverse_gate if both and self.direction == "gated" else None,
                 initial_state_BHPN=None if state is None else state.ssm_state,
                 return_final_state=context.update_cache,
-            )  # fmt: skip
+            )
         new_state = None
         if context.update_cache:
             new_state = MambaState(next_window(conv_in_BLD, taps, window), ssm)

@@ -34,13 +34,13 @@ _LADDER = "MEMEM*EMEME*EMEM*EMEME"
 _RELEASED = {
     "vocab_size": 131072, "head_dim": 128, "n_groups": 8, "conv_kernel": 4, "chunk_size": 128,
     "tie_word_embeddings": False,
-}  # fmt: skip
+}
 
 _DENSE_COLUMNS = (
     "hybrid_override_pattern", "hidden_size", "num_attention_heads", "num_key_value_heads",
     "mamba_num_heads", "mamba_head_dim", "ssm_state_size", "intermediate_size",
     "max_position_embeddings", "chunk_size",
-)  # fmt: skip
+)
 _DENSE = {
     "nemotron-h-4b": (_H_8B, 3072, 32, 8, 112, 64, 128, 12288, 8192, 128),
     "nemotron-h-8b": (_H_8B, 4096, 32, 8, 128, 64, 128, 21504, 8192, 128),
@@ -57,7 +57,7 @@ _MOE_COLUMNS = (
     "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size",
     "moe_shared_expert_intermediate_size", "moe_latent_size", "routed_scaling_factor",
     "num_nextn_predict_layers", "max_position_embeddings",
-)  # fmt: skip
+)
 _EXPERTS = {
     "nemotron-3-nano":
         (_NANO_30B, 2688, 32, 64, 128, 6, 1856, 3712, None, 2.5, 0, 262144),
@@ -67,7 +67,7 @@ _EXPERTS = {
         (_SUPER, 4096, 32, 128, 512, 22, 2688, 5376, 1024, 5.0, 1, 262144),
     "nemotron-3-ultra":
         (_ULTRA, 8192, 64, 256, 512, 22, 5120, 10240, 2048, 5.0, 1, 262144),
-}  # fmt: skip
+}
 
 _SMALL = {"tie_word_embeddings": True, "chunk_size": 64, "conv_kernel": 4}
 # the shape of the checkpoints that come with the repository
@@ -77,14 +77,14 @@ _SMALL_3M = {
     "mamba_num_heads": 8, "mamba_head_dim": 48, "ssm_state_size": 32, "n_groups": 2,
     "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 96,
     "moe_shared_expert_intermediate_size": 192, "initializer_range": 0.05,
-}  # fmt: skip
+}
 _RUNG = {"head_dim": 64, "mamba_head_dim": 64}
 _RUNG_COLUMNS = (
     "hybrid_override_pattern", "vocab_size", "hidden_size", "num_attention_heads",
     "num_key_value_heads", "mamba_num_heads", "ssm_state_size", "n_groups", "n_routed_experts",
     "num_experts_per_tok", "moe_intermediate_size", "moe_shared_expert_intermediate_size",
     "initializer_range",
-)  # fmt: skip
+)
 _RUNGS = {
     "small-10m": ("MEM*EMEM*EME", 8192, 256, 4, 2, 8, 64, 2, 8, 2, 192, 384, 0.056),
     "small-30m": ("MEMEM*EMEM*EMEME", 32768, 320, 5, 1, 10, 64, 2, 8, 2, 320, 640, 0.05),

@@ -95,7 +95,7 @@ def load_released(
     return load_checkpoint(
         HybridForCausalLM, config, folder, dtype=dtype, device=device,
         leaves_out=lambda name: not mtp and name.startswith("mtp."),
-    )  # fmt: skip
+    )
 
 
 def save_released(

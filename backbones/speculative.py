@@ -174,7 +174,7 @@ class _Rounds:
             [kept[:count] + [token] for kept, count, token in zip(
                 drafts_AK.tolist(), counts, following, strict=True
             )]
-        )  # fmt: skip
+        )
         self.finished_rounds += 1
         if self.active and self.finished_rounds % ROUNDS_BETWEEN_COMPACTIONS == 0:
             self.cache.compact()
@@ -185,7 +185,7 @@ class _Rounds:
         embed, mtp = self.model.backbone.embeddings, self.model.mtp
         state = mtp(
             embed(self.unread_ids), self.unread_states, self.unread_mask, self.mtp_cache
-        )[:, -1:]  # fmt: skip
+        )[:, -1:]
         # what follows rests on drafts, so it goes into a copy
         scratch = self.mtp_cache.snapshot()
         rows = [list(self.texts.rows[row]) for row in self.active] if self.processors else []

@@ -51,6 +51,6 @@ def _in_blocks(
         part_BHQD = F.scaled_dot_product_attention(
             query_BHLD[:, :, start:stop], key_BGLD[:, :, :stop], value_BGLD[:, :, :stop],
             attn_mask=mask[: stop - start, length - start : length - start + stop], **options,
-        )  # fmt: skip
+        )
         parts.append(part_BHQD.transpose(1, 2))
     return torch.cat(parts, dim=1).transpose(1, 2)  # the layout that projections read and write

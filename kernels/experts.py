@@ -53,7 +53,7 @@ def route_tokens(
         return run(
             logits_TE, bias_E, top_k, num_groups=num_groups, top_groups=top_groups,
             normalize=normalize, scaling=scaling,
-        )  # fmt: skip
+        )
     scores_TE = logits_TE.sigmoid()
     choice_TE = scores_TE + bias_E
     if num_groups > 1:

@@ -92,7 +92,7 @@ def ssd_scan(
                 reverse_scale_H=reverse_scale_H, initial_state_BHPN=initial_state_BHPN,
                 return_final_state=return_final_state,
             )
-        )  # fmt: skip
+        )
     with torch.autocast(x_BLHP.device.type, enabled=False):
         dt_BLH = step_sizes(dt_BLH, wide_dtype(x_BLHP), dt_bias_H, dt_softplus, dt_limits, mask_BL)
         options = ScanOptions(chunk_size, direction == "bidirectional", return_final_state)
@@ -105,7 +105,7 @@ def ssd_scan(
         y_BLHP, final_state = chunked_scan(
             x_BLHP, dt_BLH, a_H, b_BLGN, c_BLGN,
             d_H, reverse_scale_H, initial_state_BHPN, sequence_ids_BL, options,
-        )  # fmt: skip
+        )
         if direction == "reverse":
             y_BLHP = y_BLHP.flip(1)
     return SSDOutput(y_BLHP, final_state)
@@ -160,7 +160,7 @@ def ssd_step(
                 d_H=d_H, dt_bias_H=dt_bias_H, dt_softplus=dt_softplus, dt_limits=dt_limits,
                 mask_B=mask_B,
             )
-        )  # fmt: skip
+        )
     with torch.autocast(x_BHP.device.type, enabled=False):
         dt_BH = step_sizes(dt_BH, state_BHPN.dtype, dt_bias_H, dt_softplus, dt_limits, mask_B)
         return _step(x_BHP, dt_BH, a_H, b_BGN, c_BGN, d_H, state_BHPN)

@@ -108,7 +108,7 @@ class Chunks:
         flat = torch.empty(
             (self.batch, self.chunks * self.chunk, self.heads, self.width),
             dtype=self.low, device=self.x.device,
-        )  # fmt: skip
+        )
         return flat, flat.view(shape).permute(0, 1, 3, 4, 2, 5)
 
     def _cut_ids(self, ids_BL: Tensor) -> Tensor:

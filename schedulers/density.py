@@ -27,7 +27,7 @@ class TableDensity:
         """Times at which the distribution function has the values `uniforms` in [0, 1].
 
         Same shape, dtype and device. They rise with the uniforms and are at least 1e-6, as the
-        times of `tess.objectives.sample_timesteps` are.
+        times of `tess.training.losses.sample_timesteps` are.
         """
         table = self.cumulative.to(uniforms.device)
         level = uniforms.double()

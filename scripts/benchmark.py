@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tess.benchmark_gpu import Options, benchmark_gpu
-from tess.benchmark_gpu_checks import DTYPES, OPERATIONS
-from tess.benchmark_gpu_peers import PACKAGES
-from tess.benchmark_gpu_report import format_gpu
-from tess.benchmark_gpu_shapes import SHAPES
+from tess.benchmarks.commands import JSON_KEYS as SAMPLING_KEYS
+from tess.benchmarks.commands import RUN, add_commands, positive
+from tess.benchmarks.gpu.checks import DTYPES, OPERATIONS
+from tess.benchmarks.gpu.peers import PACKAGES
+from tess.benchmarks.gpu.report import format_gpu
+from tess.benchmarks.gpu.run import Options, benchmark_gpu
+from tess.benchmarks.gpu.shapes import SHAPES
 from tess.cli import default_checkpoint, run
 from tess.errors import UserError
-from tess.sampling_commands import JSON_KEYS as SAMPLING_KEYS
-from tess.sampling_commands import RUN, add_commands, positive
 
 JSON_KEYS = """\
 --json FILE writes one object; its keys are stable:
@@ -155,7 +155,7 @@ def make_parser() -> argparse.ArgumentParser:
     backbone.add_argument(
         "--parts", choices=BACKBONE_PARTS, nargs="+", default=list(BACKBONE_PARTS),
         help="(default: all, see below)",
-    )  # fmt: skip
+    )
     backbone.add_argument("--seed", type=int, default=0, help="weights and input (default: 0)")
 
     decoding = commands.add_parser(
@@ -169,7 +169,7 @@ def make_parser() -> argparse.ArgumentParser:
     decoding.add_argument(
         "--num_draft_tokens", type=positive, nargs="+", default=[1, 2, 3, 4, 6],
         help="(default: 1 2 3 4 6)",
-    )  # fmt: skip
+    )
     decoding.add_argument("--repeats", type=positive, default=3, help="passes (default: 3)")
     decoding.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="(default: float32)"
@@ -191,12 +191,12 @@ def make_parser() -> argparse.ArgumentParser:
     vocabulary.add_argument(
         "--vocab_size", type=positive, nargs="+", default=[8_192, 32_768, 131_072],
         help="(default: 8192 32768 131072)",
-    )  # fmt: skip
+    )
     vocabulary.add_argument("--repeats", type=positive, default=5, help="pairs (default: 5)")
     vocabulary.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32",
         help="of the steps, bfloat16 by autocast (default: float32)",
-    )  # fmt: skip
+    )
     vocabulary.add_argument("--seed", type=int, default=0, help="weights and data (default: 0)")
 
     law = commands.add_parser(
@@ -214,18 +214,18 @@ def make_parser() -> argparse.ArgumentParser:
     gpu.add_argument(
         "--shapes", choices=SHAPES, nargs="+", default=list(SHAPES),
         help="Nemotron-3-Nano, the shipped model (default: both)",
-    )  # fmt: skip
+    )
     gpu.add_argument(
         "--ops", choices=OPERATIONS, nargs="+", default=list(OPERATIONS), help="(default: all)"
     )
     gpu.add_argument(
         "--peers", choices=tuple(PACKAGES), nargs="*", default=list(PACKAGES),
         help="packages to compare with (default: all)",
-    )  # fmt: skip
+    )
     gpu.add_argument(
         "--dtype", choices=tuple(DTYPES), default="bfloat16",
         help="of the times (default: bfloat16)",
-    )  # fmt: skip
+    )
     gpu.add_argument("--repeats", type=positive, default=20, help="timed runs (default: 20)")
     gpu.add_argument("--batch", type=positive, help="texts (default: 8, shipped model 64)")
     gpu.add_argument("--length", type=positive, help="tokens (default: 4096, shipped model 128)")
@@ -233,11 +233,11 @@ def make_parser() -> argparse.ArgumentParser:
     gpu.add_argument(
         "--workers", type=int, default=Options.workers,
         help="processes that check the kernels; 0: this one (default: %(default)s)",
-    )  # fmt: skip
+    )
     gpu.add_argument(
         "--dry_run", action="store_true",
         help="tiny shapes on the CPU in Triton's interpreter, to see that everything runs",
-    )  # fmt: skip
+    )
     sampling = add_commands(lambda name, **options: commands.add_parser(name, **options, **layout))
     for command in (backbone, decoding, loading, vocabulary, law, gpu, *sampling):
         command.add_argument("--json", type=Path, help="also write all figures here, see below")
@@ -255,7 +255,7 @@ def gpu_result(args: argparse.Namespace) -> dict[str, Any]:
         shapes=tuple(args.shapes), ops=tuple(args.ops), peers=tuple(args.peers), dtype=args.dtype,
         repeats=args.repeats, batch=args.batch, length=args.length, seed=args.seed,
         workers=args.workers, dry_run=args.dry_run,
-    )  # fmt: skip
+    )
     return benchmark_gpu(options, lambda line: print(line, file=sys.stderr, flush=True), keep)
 
 
@@ -274,14 +274,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = gpu_result(args)
         table = format_gpu(result)
     elif args.command == "backbone":
-        from tess.benchmark_backbone import benchmark_backbone, format_table
+        from tess.benchmarks.backbone import benchmark_backbone, format_table
 
         result = benchmark_backbone(
             args.pattern, args.length, args.batch, args.repeats, args.seed, tuple(args.parts)
         )
         table = format_table(result)
     elif args.command == "decoding":
-        from tess.benchmark_decoding import benchmark_decoding, format_decoding
+        from tess.benchmarks.decoding import benchmark_decoding, format_decoding
 
         result = benchmark_decoding(
             args.checkpoint or default_checkpoint(),
@@ -293,19 +293,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         table = format_decoding(result)
     elif args.command == "loading":
-        from tess.benchmark_loading import benchmark_loading, format_loading
+        from tess.benchmarks.loading import benchmark_loading, format_loading
 
         result = benchmark_loading(args.megabytes, args.shard_megabytes)
         table = format_loading(result)
     elif args.command == "vocabulary":
-        from tess.benchmark_vocabulary import benchmark_vocabulary, format_vocabulary
+        from tess.benchmarks.vocabulary import benchmark_vocabulary, format_vocabulary
 
         result = benchmark_vocabulary(
             args.vocab_size, args.parts, args.repeats, args.dtype, args.seed
         )
         table = format_vocabulary(result)
     else:
-        from tess.benchmark_law import benchmark_law, format_law
+        from tess.benchmarks.law.order_statistics import benchmark_law, format_law
 
         result = benchmark_law(
             args.vocab_size, args.width, embedding=args.embedding, n=args.n, seed=args.seed

@@ -12,11 +12,11 @@ import argparse
 from collections.abc import Sequence
 
 from tess.cli import run
-from tess.comparison import PARTS, compare
-from tess.comparison_overview import read_reports, write_overview
-from tess.comparison_recipe import read_recipe
+from tess.comparison.overview import read_reports, write_overview
+from tess.comparison.recipe import read_recipe
+from tess.comparison.run import PARTS, compare
 from tess.errors import UserError
-from tess.evaluation import prepare_output_dir
+from tess.storage.files import prepare_output_dir
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -29,18 +29,18 @@ def build_parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--overview", nargs="+", metavar="REPORT", help="no comparison: a table and a figure over "
         "finished ones, by their report.json or folder, into --output_dir",
-    )  # fmt: skip
+    )
     add("--output_dir", help="folder of everything that is written (default: the recipe's)")
     add("--data_root", help="folder that relative file names start from (default: the recipe's)")
     add(
         "--only", choices=PARTS,
         help="train: no more than that; decode: write and time with what is trained; report: "
         "from what is written",
-    )  # fmt: skip
+    )
     add(
         "--no_plots", dest="plots", action="store_false", help="draw no figures (they need "
         "matplotlib: pip install 'tess-diffusion[plots]')",
-    )  # fmt: skip
+    )
     return parser
 
 
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     report = compare(
         recipe, only=args.only, plots=args.plots, progress=True,
         say=lambda line: print(line, flush=True),
-    )  # fmt: skip
+    )
     if report is not None:
         print(f"wrote {report} and {report.with_name('report.md').name} beside it")
 

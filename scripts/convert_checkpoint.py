@@ -15,8 +15,8 @@ import torch
 
 from tess.backbones.released import EXPERT_LAYOUTS
 from tess.cli import run
-from tess.conversion import causal_to_tess, tess_to_causal
 from tess.errors import UserError
+from tess.storage.conversion import causal_to_tess, tess_to_causal
 
 DTYPES = ("float32", "bfloat16", "float16")
 OF_TESS = ("dtype", "tokenizer", "simplex_value", "max_source_length", "max_target_length")
@@ -35,7 +35,7 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--simplex_value", type=float, metavar="K",
         help="of the pipeline (default: (ln vocab_size - 0.82) / 2)",
-    )  # fmt: skip
+    )
     add("--max_source_length", type=int, metavar="N", help="of the pipeline, tokens (default: 256)")
     add("--max_target_length", type=int, metavar="N", help="of the pipeline, tokens (default: 128)")
     add("--expert_layout", choices=EXPERT_LAYOUTS, help="of --to released (default: per_expert)")

@@ -10,16 +10,16 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from tess import evaluation
-from tess.bertscore import BertScore
 from tess.cli import default_checkpoint, run
-from tess.decoders import load_decoder
+from tess.data.rows import load_rows
+from tess.data.tasks.catalog import DEFAULT_DATASET, TASKS, load_task
+from tess.decoders.load import load_decoder
+from tess.decoders.options import add_sampler_flags, sampler_options
 from tess.errors import UserError
-from tess.evaluation_page import summary
-from tess.loading import load_rows
-from tess.protocols import PROTOCOLS
-from tess.sampler_options import add_sampler_flags, sampler_options
-from tess.tasks import DEFAULT_DATASET, TASKS, load_task
+from tess.evaluation import run as evaluation
+from tess.evaluation.page import summary
+from tess.metrics.bertscore import BertScore
+from tess.metrics.protocols import PROTOCOLS
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -45,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--gold_length", action="store_true",
         help="diagnostic: the reference's own length as the canvas of tess",
-    )  # fmt: skip
+    )
     add("--protocol", help=f"also score by one of {', '.join(PROTOCOLS)}, with intervals and tests")
     add("--bertscore", metavar="MODEL", help="add BERTScore by this model to --protocol")
     add("--limit", type=int, help="evaluate only the first rows")

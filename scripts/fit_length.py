@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tess.arguments import DataArguments
 from tess.cli import run
+from tess.data.settings import DataArguments
+from tess.data.texts import load_data
 from tess.errors import UserError
-from tess.length_fitting import (
+from tess.training.length_fitting import (
     GUESSES,
     as_saved,
     encode_rows,
@@ -25,7 +26,6 @@ from tess.length_fitting import (
     save_length_head,
     split_rows,
 )
-from tess.training_texts import load_data
 
 
 def build_parser() -> argparse.ArgumentParser:

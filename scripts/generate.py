@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from tess.cli import default_checkpoint, run
-from tess.control import template_tokens
-from tess.decoders import DECODERS, Decoder, Generation, TessDecoder, load_decoder
+from tess.decoders.base import DECODERS, Decoder, Generation
+from tess.decoders.diffusion import TessDecoder
+from tess.decoders.load import load_decoder
+from tess.decoders.options import add_sampler_flags, sampler_options
 from tess.errors import UserError
-from tess.evaluation import write_atomically
-from tess.live import LiveDenoising
-from tess.sampler_options import add_sampler_flags, sampler_options
-from tess.trace_page import trace_page
+from tess.sampling.control import template_tokens
+from tess.storage.files import write_atomically
+from tess.trace.live import LiveDenoising
+from tess.trace.page import trace_page
 
 JSON_KEYS = """\
 --json prints one object; its keys are stable:

@@ -2,7 +2,8 @@
 
 No weights are read, and a preset needs no files at all. With --gpu: the least time on one GPU of a
 step of plain autoregressive decoding (AR), of a round of drafts from the multi-token predictor
-(MTP), and of a denoising step over the whole target; see tess/roofline.py for what is counted.
+(MTP), and of a denoising step over the whole target; see tess/costs/roofline.py for what is
+counted.
 """
 
 import argparse
@@ -13,9 +14,9 @@ from typing import Any
 
 from tess.backbones.presets import PRESETS
 from tess.cli import default_checkpoint, run
+from tess.costs.model_info import describe
+from tess.costs.roofline import GPUS, Workload
 from tess.errors import UserError
-from tess.model_info import describe
-from tess.roofline import GPUS, Workload
 
 JSON_KEYS = """\
 --json prints a list with one object per model in the folder; its keys are stable:

@@ -7,9 +7,9 @@ scripts/evaluate.py take as --checkpoint.
 
 from collections.abc import Sequence
 
-from tess.arguments import parse_settings
 from tess.cli import run
-from tess.training import train
+from tess.training.run import train
+from tess.training.settings import parse_settings
 
 
 def main(argv: Sequence[str] | None = None) -> int:

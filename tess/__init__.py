@@ -7,6 +7,8 @@ kernels can be used and tested where neither transformers nor diffusers is insta
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from tess.version import VERSION as __version__  # noqa: F401
+
 if TYPE_CHECKING:  # what editors and type checkers read
     from tess.backbones.cache import HybridCache
     from tess.backbones.causal_lm import HybridForCausalLM
@@ -14,7 +16,7 @@ if TYPE_CHECKING:  # what editors and type checkers read
     from tess.backbones.hybrid import HybridModel
     from tess.backbones.released import load_released, save_released
     from tess.config import TessConfig
-    from tess.decoders import load_decoder
+    from tess.decoders.load import load_decoder
     from tess.denoiser import TessDenoiser
     from tess.pipeline import TessPipeline
     from tess.schedulers.base import SimplexScheduler
@@ -23,8 +25,6 @@ if TYPE_CHECKING:  # what editors and type checkers read
     from tess.schedulers.euler import SimplexEulerScheduler
     from tess.schedulers.renoising import RenoisingScheduler
     from tess.schedulers.simplex import DenseSimplex, NoisedSimplex
-
-__version__ = "0.1.0"
 
 __all__ = [
     "DenseSimplex",
@@ -61,7 +61,7 @@ _HOME = {
     "TessConfig": "tess.config",
     "TessDenoiser": "tess.denoiser",
     "TessPipeline": "tess.pipeline",
-    "load_decoder": "tess.decoders",
+    "load_decoder": "tess.decoders.load",
     "load_released": "tess.backbones.released",
     "save_released": "tess.backbones.released",
 }

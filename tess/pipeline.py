@@ -16,30 +16,23 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tess.backbones.causal_lm import HybridForCausalLM
-from tess.blocks import Blocks
-from tess.callbacks import SHOWN, StepCallback, check_shown, step_hook
 from tess.config import TessConfig
-from tess.control import FREE, TokenProcessor, fixed_canvas
 from tess.denoiser import TessDenoiser
 from tess.errors import UserError
-from tess.guidance import Guidance, Reward
 from tess.length import quantile_lengths
-from tess.ranking import Candidates, check_choice, choose_candidates
-from tess.sampling import Batch, Denoised, SamplingSettings, StepHook, TraceHook, denoise
+from tess.sampling.blocks import Blocks
+from tess.sampling.callbacks import SHOWN, StepCallback, check_shown, step_hook
+from tess.sampling.candidates import Candidates, check_choice, choose_candidates
+from tess.sampling.control import FREE, TokenProcessor, fixed_canvas
+from tess.sampling.guidance import Guidance, Reward
+from tess.sampling.loop import Batch, Denoised, SamplingSettings, StepHook, TraceHook, denoise
+from tess.sampling.sources import Context, derived_keys, draw_seed, example_keys, id_rows, pad_left
+from tess.sampling.steps import StepTrace
 from tess.schedulers import family  # noqa: F401  diffusers loads components from imported modules
 from tess.schedulers.base import SimplexScheduler
 from tess.schedulers.stopping import StoppingRule, text_mask
-from tess.sources import (
-    Context,
-    derived_keys,
-    draw_seed,
-    example_keys,
-    id_rows,
-    pad_left,
-    right_mask,
-)
-from tess.tokenization import check_tokenizer, cut_sources, decode, encode_sources
-from tess.trace import StepTrace
+from tess.text.padding import right_mask
+from tess.text.tokenization import check_tokenizer, cut_sources, decode, encode_sources
 
 DEFAULT_INFERENCE_STEPS = 16
 """Or the scheduler's training steps, where these are fewer."""
@@ -54,7 +47,7 @@ class TessPipelineOutput(BaseOutput):
     nfe: network evaluations spent on each example, all candidates together (two a step under
         guidance).
     lengths: each example's canvas, in tokens.
-    candidates: all of them, where there were several (`tess.ranking.Candidates`).
+    candidates: all of them, where there were several (`tess.sampling.candidates.Candidates`).
     trace: with return_trace, one `StepTrace` per step, of all B N rows.
     """
 
@@ -165,14 +158,14 @@ class TessPipeline(DiffusionPipeline):
                 are drawn.
             temperature: divides the logits; only with top_p.
             guidance_scale, guidance_form, reward, reward_scale, reward_steps: see
-                `tess.guidance.Guidance`.
+                `tess.sampling.guidance.Guidance`.
             stopping: when an example is done before the last step; None: never.
-            confidence_threshold: see `tess.sampling.SamplingSettings`.
+            confidence_threshold: see `tess.sampling.loop.SamplingSettings`.
             fixed_tokens: [B, L] int64, tokens that are given as clean context, -1 where the model
-                writes: prefixes, infilling (`tess.control.template_tokens`). Without gen_length L
-                is the canvas.
+                writes: prefixes, infilling (`tess.sampling.control.template_tokens`). Without
+                gen_length L is the canvas.
             logits_processor: transformers' logits processors, or functions like them; see
-                `tess.control.token_processors`.
+                `tess.sampling.control.token_processors`.
             num_candidates, choose_by, scorer: write N texts for every source and give the best by
                 "confidence", "mbr_bleu", "mbr_chrf" or "ar", the last with the causal model
                 `scorer`. The first candidate is the text that N = 1 gives.
@@ -214,7 +207,7 @@ class TessPipeline(DiffusionPipeline):
                 scale=guidance_scale, form=guidance_form, reward=reward,
                 reward_scale=reward_scale, reward_steps=reward_steps,
             ),
-        )  # fmt: skip
+        )
         if num_candidates < 1:
             raise UserError(f"num_candidates must be at least 1, got {num_candidates}")
         check_choice(choose_by, num_candidates, scorer)
@@ -428,7 +421,7 @@ class TessPipeline(DiffusionPipeline):
             candidates = choose_candidates(
                 sequences, inside, written.log_probs, nfe, rows, num_candidates,
                 choose_by=choose_by, scorer=scorer, tokenizer=self.tokenizer,
-            )  # fmt: skip
+            )
             sequences = sequences[candidates.chosen_rows()]
             nfe = [sum(each) for each in candidates.nfe]
             lengths = lengths[::num_candidates]

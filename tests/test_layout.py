@@ -20,6 +20,32 @@ MAY_IMPORT = {
     "tess": {"", *SIDE_FOLDERS},
     "scripts": {"", *SIDE_FOLDERS},
 }
+# What every room of `tess` may import, of the rooms and of the files at its root.
+FOR_ALL = {"errors", "options", "version"}
+MODEL = {"config", "self_conditioning", "length", "denoiser"}
+ROOMS = {
+    "errors": set(),
+    "options": set(),
+    "version": set(),
+    "cli": set(),
+    "config": set(),
+    "self_conditioning": {"config"},
+    "length": {"config", "self_conditioning"},
+    "denoiser": MODEL,
+    "text": set(),
+    "data": {"text"},
+    "metrics": {"text"},
+    "sampling": {"text", *MODEL},
+    "pipeline": {"text", *MODEL, "sampling"},
+    "trace": {"text", "sampling"},
+    "storage": {"text", *MODEL, "pipeline"},
+    "decoders": {"text", "sampling", "pipeline", "storage"},
+    "costs": {"text", *MODEL, "storage", "decoders"},
+    "training": {"text", "data", *MODEL, "sampling", "pipeline", "storage", "decoders"},
+    "evaluation": {"text", "data", "metrics", "costs.machine", "storage.files"},
+}
+BELOW = {"cli", *ROOMS}
+ROOMS |= {"comparison": BELOW, "benchmarks": BELOW}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
@@ -32,10 +58,11 @@ def python_files(folder: str) -> list[Path]:
     ]
 
 
-def imported_modules(source: str) -> set[str]:
-    """Every module that the source names in an import, also inside functions."""
+def imported_modules(source: str, inside_functions: bool = True) -> set[str]:
+    """Every module that the source names in an import, also inside functions unless told."""
     modules = set()
-    for node in ast.walk(ast.parse(source)):
+    tree = ast.parse(source)
+    for node in ast.walk(tree) if inside_functions else tree.body:
         if isinstance(node, ast.Import):
             modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -56,6 +83,36 @@ def forbidden_imports(source: str, folder: str) -> set[str]:
         if is_ours and (top != "tess" or part not in MAY_IMPORT[folder]):
             bad.add(module)
     return bad
+
+
+def wrong_rooms(source: str, room: str) -> set[str]:
+    """What the source of a file in `room` imports of `tess` against the table ROOMS."""
+    bad = set()
+    for module in imported_modules(source):
+        top, *path = module.split(".")
+        if top != "tess" or not path or path[0] in SIDE_FOLDERS:
+            continue
+        allowed = {room} | FOR_ALL | ROOMS[room]
+        if not allowed & {path[0], ".".join(path[:2])}:
+            bad.add(module)
+    return bad
+
+
+def room_of(file: Path) -> str:
+    return file.relative_to(ROOT / "tess").parts[0].removesuffix(".py")
+
+
+def module_of(file: Path) -> str:
+    return ".".join(file.relative_to(ROOT).with_suffix("").parts)
+
+
+def circles(imports: dict[str, set[str]]) -> set[str]:
+    """The modules that are left when all that import nothing that is left are taken away."""
+    left = dict(imports)
+    while free := [name for name, wanted in left.items() if not wanted & set(left)]:
+        for name in free:
+            del left[name]
+    return set(left)
 
 
 @pytest.mark.parametrize("name", SIDE_FOLDERS)
@@ -107,6 +164,92 @@ def test_imports_point_one_way(folder):
 )
 def test_a_wrong_import_is_seen(folder, source):
     assert forbidden_imports(source, folder)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_only_what_lies_below_it(room):
+    files = [file for file in python_files("tess") if room_of(file) == room]
+    assert files, f"tess/{room} is not there"
+    wrong = {str(file.relative_to(ROOT)): wrong_rooms(file.read_text(), room) for file in files}
+    assert not {name: modules for name, modules in wrong.items() if modules}
+
+
+def test_every_room_is_in_the_table():
+    assert {room_of(file) for file in python_files("tess")} - {"__init__"} == set(ROOMS)
+
+
+@pytest.mark.parametrize(
+    ("room", "module"),
+    [
+        ("errors", "tess.cli"),
+        ("options", "tess.text.tokenization"),
+        ("version", "tess.cli"),
+        ("cli", "tess.storage.parts"),
+        ("config", "tess.denoiser"),
+        ("self_conditioning", "tess.length"),
+        ("length", "tess.denoiser"),
+        ("denoiser", "tess.sampling.loop"),
+        ("text", "tess.data.rows"),
+        ("data", "tess.training.settings"),
+        ("metrics", "tess.data.rows"),
+        ("sampling", "tess.pipeline"),
+        ("pipeline", "tess.trace.data"),
+        ("trace", "tess.pipeline"),
+        ("storage", "tess.decoders.base"),
+        ("decoders", "tess.trace.live"),
+        ("costs", "tess.training.run"),
+        ("training", "tess.evaluation.run"),
+        ("evaluation", "tess.decoders.load"),
+        ("comparison", "tess.benchmarks.turns"),
+        ("benchmarks", "tess.comparison.run"),
+    ],
+)
+def test_a_wrong_import_of_a_room_is_seen(room, module):
+    assert wrong_rooms(f"import {module}", room) == {module}
+    assert not wrong_rooms("import tess.errors\nimport tess.kernels.random", room)
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    rooms = {module_of(file): imported_modules(file.read_text()) for file in python_files("tess")}
+    del rooms["tess.__init__"]  # lazy: what it names is loaded at first use
+    below = {
+        f"tess.{module_of(file)}": imported_modules(file.read_text(), inside_functions=False)
+        for folder in SIDE_FOLDERS
+        for file in python_files(folder)
+    }  # a function there loads its Triton twin, or its family, at the first call
+    assert not circles(rooms | below)
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}, "e": set()}) == set("abcd")
+
+
+@pytest.mark.parametrize(
+    "folder",
+    [file.parent for file in python_files("tess") if file.name == "__init__.py"][1:],
+    ids=lambda folder: str(folder.relative_to(ROOT / "tess")),
+)
+def test_a_room_says_what_it_is_for_and_names_its_files(folder):
+    """Its `__init__` is a docstring and nothing else: what it is for, then a line for each file."""
+    tree = ast.parse((folder / "__init__.py").read_text())
+    assert len(tree.body) == 1 and (text := ast.get_docstring(tree))
+    head, *lines = text.split("\n")
+    files = {file.stem for file in folder.glob("*.py")} - {"__init__"}
+    rooms = {f"{inner.parent.name}/" for inner in folder.glob("*/__init__.py")}
+    assert head.endswith(".") and lines[0] == ""
+    assert [line.split(maxsplit=1)[0] for line in lines[1:]] == list(
+        dict.fromkeys(line.split(maxsplit=1)[0] for line in lines[1:])
+    )
+    assert {line.split(maxsplit=1)[0] for line in lines[1:]} == files | rooms
+
+
+def test_no_file_reaches_through_a_wall():
+    """No private name of another file, no logger silenced by its name, no path by counting up."""
+    for file in python_files("tess"):
+        tree = ast.parse(file.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tess"):
+                private = [alias.name for alias in node.names if alias.name.startswith("_")]
+                assert not private, f"{file} imports {private}"
+        assert 'getLogger("tess.' not in file.read_text(), file
+        assert "parents[" not in file.read_text(), file
 
 
 def test_kernels_know_no_model_library():

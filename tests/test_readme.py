@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from tess.arguments import parse_settings
+from tess.training.settings import parse_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 DOCUMENTS = (
     "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/architecture.md", "docs/kernels.md",
     "docs/sampling.md", "docs/comparison.md", "docs/recipes.md", "docs/results.md",
-)  # fmt: skip
+)
 
 
 def code_blocks(language: str) -> list[str]:
@@ -87,18 +87,21 @@ def test_every_file_that_a_document_names_exists(name):
     assert not missing
 
 
-def test_the_tree_names_every_module_and_nothing_else():
+def test_the_tree_names_every_room_and_nothing_else():
+    """The files of a room stand in its own docstring, which tests/test_layout.py reads."""
     (tree,) = [text for text in code_blocks("") if "kernels/ " in text]
-    shown, folder = set(), ""
-    for line in tree.splitlines():
-        name, purpose = line.split(maxsplit=1)
-        assert purpose
-        folder = folder if line.startswith(" ") else name
-        shown.add(folder + name if line.startswith(" ") else name)
-    packages = ("kernels", "kernels/triton", "backbones", "schedulers", "tess", "scripts")
-    files = [file for package in packages for file in (ROOT / package).glob("*.py")]
-    modules = {str(file.relative_to(ROOT)) for file in files}
-    assert {path for path in shown if path.endswith(".py")} == modules - {"tess/__init__.py"}
+    shown = {line.split(maxsplit=1)[0] for line in tree.splitlines()}
+    assert all(line.split(maxsplit=1)[1] for line in tree.splitlines())
+    rooms = {
+        f"tess/{path.name}/"
+        for path in (ROOT / "tess").iterdir()
+        if path.is_dir() and not path.is_symlink() and path.name != "__pycache__"
+    }
+    tops = {f"{path.name}/" for path in ROOT.iterdir() if path.is_dir() and path.name[0] != "."}
+    tops -= {name for name in tops if name in ("runs/", "outputs/", "build/", "dist/")}
+    tops -= {name for name in tops if name.endswith(".egg-info/")}
+    assert {name for name in shown if name.startswith("tess/")} - {"tess/"} == rooms
+    assert {name for name in shown if not name.startswith("tess/")} | {"tess/"} >= tops
     assert all((ROOT / path).exists() for path in shown)
 
 

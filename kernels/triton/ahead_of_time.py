@@ -29,7 +29,7 @@ from tess.kernels.triton.launch import ARCHITECTURES, Launch, as_architecture, r
 MODULES = (
     "norms", "conv", "ssd", "ssd_step", "routing", "experts",
     "random", "order_statistics", "simplex_embedding", "cross_entropy", "head",
-)  # fmt: skip
+)
 # Up to four registers of a thread: the assembler trades them for a second
 # program on the multiprocessor, and which kernels it does it to changes with Triton's version.
 STACK_BYTES = 16
@@ -96,7 +96,7 @@ def compile_all(
             recorded.num_stages, *need,
         )
         for (name, hot, architecture, recorded), need in zip(labels.values(), needs)
-    ]  # fmt: skip
+    ]
 
 
 def _recorded(architectures: Sequence[str], modules: Sequence[str]):
@@ -143,7 +143,7 @@ def _compile_one(recorded: Launch, architecture: str) -> tuple[int, int, int, in
     source = ASTSource(
         fn=recorded.kernel, signature=recorded.signature, constexprs=recorded.constants,
         attrs=attributes,
-    )  # fmt: skip
+    )
     target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
     options = {"num_warps": recorded.num_warps, "num_stages": recorded.num_stages}
     compiled = triton.compile(source, target=target, options=options)

@@ -26,7 +26,7 @@ BACKWARD = Table("causal_conv_backward", {"sm_80": Config({"BLOCK": 512}, 4, 1)}
 def conv_forward(
     x_BLD: Tensor, weight_DK: Tensor, bias_D: Tensor | None, window_BKD: Tensor | None,
     ids_BL: Tensor | None, mask_BL: Tensor | None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """SiLU of the convolution [B, L, D] in the dtype of x; arguments as in the public function."""
     y_BLD = torch.empty(x_BLD.shape, dtype=x_BLD.dtype, device=x_BLD.device)
     x, others = dense_rows(x_BLD), _contiguous(weight_DK, bias_D, window_BKD, ids_BL, mask_BL)
@@ -39,7 +39,7 @@ def conv_forward(
         launch(
             conv_forward_kernel, grid, x, *others, y_BLD, *strides, length, in_units, *sizes,
             config=config, **constants,
-        )  # fmt: skip
+        )
 
     FORWARD.run(x, (batch, length, width), run)
     return y_BLD
@@ -48,7 +48,7 @@ def conv_forward(
 def conv_backward(
     x_BLD: Tensor, weight_DK: Tensor, bias_D: Tensor | None, window_BKD: Tensor | None,
     ids_BL: Tensor | None, mask_BL: Tensor | None, dy_BLD: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients by x, weight, bias and window, of size 0 where one is absent, in their dtypes."""
     x, dy, taps = dense_rows(x_BLD), dense_rows(dy_BLD), weight_DK.shape[1]
     others = _contiguous(weight_DK, bias_D, window_BKD, ids_BL, mask_BL)
@@ -68,7 +68,7 @@ def conv_backward(
             conv_backward_kernel, grid, x, *others, dy, dx_BLD,
             None if window_BKD is None else dwindow, dweight_PKD, dbias_PD, *strides, length,
             in_units, *sizes, config=config, **constants,
-        )  # fmt: skip
+        )
         dweight = dweight_PKD.sum(0).T.to(weight_DK.dtype).contiguous()
         sums[:] = dweight, dx_BLD.new_empty(0) if bias_D is None else dbias_PD.sum(0)
 
@@ -131,7 +131,7 @@ _forward_op.register_autograd(_gradients, setup_context=_save)
 def causal_conv1d(
     x_BLD: Tensor, weight_DK: Tensor, bias_D: Tensor | None, window_BKD: Tensor | None,
     sequence_ids_BL: Tensor | None, mask_BL: Tensor | None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """As `tess.kernels.conv.causal_conv1d`, which checks the arguments."""
     mask = None if mask_BL is None else mask_BL.contiguous().view(torch.int8)
     return _forward_op(x_BLD, weight_DK, bias_D, window_BKD, sequence_ids_BL, mask)

@@ -48,7 +48,7 @@ def _input(x_ptr, mask_ptr, place, length, stride, column, inside, UNIT: tl.cons
 def _earlier(
     x_ptr, window_ptr, mask_ptr, place, length, stride, width, column, inside,
     UNIT: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
+):
     """The input at a position before the run, perhaps from the window."""
     x = _input(x_ptr, mask_ptr, place, length, stride, column, inside, UNIT).to(WIDE)
     if window_ptr is not None:
@@ -62,7 +62,7 @@ def _earlier(
 def _history(
     x_ptr, window_ptr, mask_ptr, first, length, stride, width, column, inside,
     UNIT: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
+):
     """The three inputs before the run."""
     x1 = _earlier(
         x_ptr, window_ptr, mask_ptr, first - 1, length, stride, width, column, inside, UNIT, K, WIDE
@@ -127,7 +127,7 @@ def _preactivation(x0, x1, x2, x3, w0, w1, w2, w3, bias, K: tl.constexpr):
 def _forward_step(
     y_ptr, ids_ptr, place, end, width, column, inside, reach,
     x0, x1, x2, x3, w0, w1, w2, w3, bias, K: tl.constexpr,
-):  # fmt: skip
+):
     """Write one position's output."""
     x1, x2, x3 = _cut(ids_ptr, reach, x1, x2, x3)
     z = _preactivation(x0, x1, x2, x3, w0, w1, w2, w3, bias, K)
@@ -142,7 +142,7 @@ def conv_forward_kernel(
     runs, tiles, steps,
     UNIT: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr, K: tl.constexpr,
     WIDE: tl.constexpr,
-):  # fmt: skip
+):
     run = tl.program_id(0) // tiles
     row, first = (run // runs).to(tl.int64), run % runs * steps * STEP
     end = tl.minimum(first + steps * STEP, length)
@@ -174,22 +174,22 @@ def conv_forward_kernel(
         _forward_step(
             y_ptr, ids_ptr, a, end, width, column, inside, reach,
             xa, x1, x2, x3, w0, w1, w2, w3, bias, K,
-        )  # fmt: skip
+        )
         reach, before = _advance(ids_ptr, b, length, reach, before)
         _forward_step(
             y_ptr, ids_ptr, b, end, width, column, inside, reach,
             xb, xa, x1, x2, w0, w1, w2, w3, bias, K,
-        )  # fmt: skip
+        )
         reach, before = _advance(ids_ptr, c, length, reach, before)
         _forward_step(
             y_ptr, ids_ptr, c, end, width, column, inside, reach,
             xc, xb, xa, x1, w0, w1, w2, w3, bias, K,
-        )  # fmt: skip
+        )
         reach, before = _advance(ids_ptr, d, length, reach, before)
         _forward_step(
             y_ptr, ids_ptr, d, end, width, column, inside, reach,
             xd, xc, xb, xa, w0, w1, w2, w3, bias, K,
-        )  # fmt: skip
+        )
         x1, x2, x3 = xd, xc, xb
 
 
@@ -197,7 +197,7 @@ def conv_forward_kernel(
 def _backward_step(
     ids_ptr, place, end, reach, x0, x1, x2, x3, w0, w1, w2, w3, bias, dy, g1, g2, g3,
     dw0, dw1, dw2, dw3, dbias, K: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
+):
     """Add one position's share to the gradients by the last inputs, the weights and the bias."""
     x1, x2, x3 = _cut(ids_ptr, reach, x1, x2, x3)
     z = _preactivation(x0, x1, x2, x3, w0, w1, w2, w3, bias, K)
@@ -222,7 +222,7 @@ def _backward_step(
 def _store_gradient(
     dx_ptr, dwindow_ptr, mask_ptr, place, first, end, width, column, inside, g1, g2, g3,
     K: tl.constexpr,
-):  # fmt: skip
+):
     """Write the gradient by the input K - 1 positions back, which is complete."""
     gradient = g1 if K == 2 else g2 if K == 3 else g3
     place -= K - 1
@@ -245,7 +245,7 @@ def conv_backward_kernel(
     runs, tiles, steps,
     UNIT: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr, K: tl.constexpr,
     WIDE: tl.constexpr,
-):  # fmt: skip
+):
     run = tl.program_id(0) // tiles
     row, first = (run // runs).to(tl.int64), run % runs * steps * STEP
     end = tl.minimum(first + steps * STEP, length)
@@ -286,38 +286,38 @@ def conv_backward_kernel(
         ga, g1, g2, g3, dw0, dw1, dw2, dw3, dbias = _backward_step(
             ids_ptr, a, end, reach, xa, x1, x2, x3, w0, w1, w2, w3, bias, dya, g1, g2, g3,
             dw0, dw1, dw2, dw3, dbias, K, WIDE,
-        )  # fmt: skip
+        )
         _store_gradient(
             dx_ptr, dwindow_ptr, mask_ptr, a, first, end, width, column, inside,
             g1, g2, g3, K,
-        )  # fmt: skip
+        )
         reach, before = _advance(ids_ptr, b, length, reach, before)
         gb, ga, g1, g2, dw0, dw1, dw2, dw3, dbias = _backward_step(
             ids_ptr, b, end, reach, xb, xa, x1, x2, w0, w1, w2, w3, bias, dyb, ga, g1, g2,
             dw0, dw1, dw2, dw3, dbias, K, WIDE,
-        )  # fmt: skip
+        )
         _store_gradient(
             dx_ptr, dwindow_ptr, mask_ptr, b, first, end, width, column, inside,
             ga, g1, g2, K,
-        )  # fmt: skip
+        )
         reach, before = _advance(ids_ptr, c, length, reach, before)
         gc, gb, ga, g1, dw0, dw1, dw2, dw3, dbias = _backward_step(
             ids_ptr, c, end, reach, xc, xb, xa, x1, w0, w1, w2, w3, bias, dyc, gb, ga, g1,
             dw0, dw1, dw2, dw3, dbias, K, WIDE,
-        )  # fmt: skip
+        )
         _store_gradient(
             dx_ptr, dwindow_ptr, mask_ptr, c, first, end, width, column, inside,
             gb, ga, g1, K,
-        )  # fmt: skip
+        )
         reach, before = _advance(ids_ptr, d, length, reach, before)
         gd, gc, gb, ga, dw0, dw1, dw2, dw3, dbias = _backward_step(
             ids_ptr, d, end, reach, xd, xc, xb, xa, w0, w1, w2, w3, bias, dyd, gc, gb, ga,
             dw0, dw1, dw2, dw3, dbias, K, WIDE,
-        )  # fmt: skip
+        )
         _store_gradient(
             dx_ptr, dwindow_ptr, mask_ptr, d, first, end, width, column, inside,
             gc, gb, ga, K,
-        )  # fmt: skip
+        )
         x1, x2, x3 = xd, xc, xb
         g1, g2, g3 = gd, gc, gb
     run = run.to(tl.int64)

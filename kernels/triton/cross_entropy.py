@@ -30,7 +30,7 @@ def _row_losses(
     logits_ptr, ids_ptr, losses_ptr, row_stride, width,
     SMOOTHING: tl.constexpr, GRADIENT: tl.constexpr, LANES: tl.constexpr, EACH: tl.constexpr,
     WIDE: tl.constexpr,
-):  # fmt: skip
+):
     """A row's loss; with GRADIENT its logits become softmax - target, in place."""
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * row_stride
@@ -78,7 +78,7 @@ def row_losses(logits_RV: Tensor, ids_R: Tensor, smoothing: float, gradient: boo
         launch(
             _row_losses, (rows,), logits_RV, ids_R, losses_R, logits_RV.stride(0), width,
             config=config, **constants,
-        )  # fmt: skip
+        )
 
     LOSSES.run(logits_RV, width, run)
     return losses_R
@@ -90,7 +90,7 @@ def row_losses(logits_RV: Tensor, ids_R: Tensor, smoothing: float, gradient: boo
 def sweep(
     hidden_NH: Tensor, weight_VH: Tensor, ids_N: Tensor, factors_N: Tensor, dtype: torch.dtype,
     smoothing: float, slab_bytes: int, by_hidden: bool, by_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     """Factor times loss [N], and the gradients of their sum, empty where they are not asked for.
 
     dtype: of the products; factors have that of the losses. The gradient by hidden [N, H] has its
@@ -147,7 +147,7 @@ def _adds_wide(device: torch.device, dtype: torch.dtype) -> bool:
 def summed_cross_entropy_forward(
     hidden_NH: Tensor, weight_VH: Tensor, ids_N: Tensor, factors_N: Tensor, dtype: torch.dtype,
     smoothing: float, slab_bytes: int, by_hidden: bool, by_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The sum of factor times loss, and what `sweep` gives."""
     arguments = (dtype, smoothing, slab_bytes, by_hidden, by_weight)
     losses_N, *gradients = sweep(hidden_NH, weight_VH, ids_N, factors_N, *arguments)
@@ -157,7 +157,7 @@ def summed_cross_entropy_forward(
 def each_cross_entropy_forward(
     hidden_NH: Tensor, weight_VH: Tensor, ids_N: Tensor, factors_N: Tensor, dtype: torch.dtype,
     smoothing: float, slab_bytes: int,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Factor times loss of every row [N]."""
     arguments = (dtype, smoothing, slab_bytes, False, False)
     return sweep(hidden_NH, weight_VH, ids_N, factors_N, *arguments)[0]
@@ -238,7 +238,7 @@ _each_op.register_autograd(_again, setup_context=_save_each)
 def summed_loss(
     hidden_NH: Tensor, weight_VH: Tensor, ids_N: Tensor, factors_N: Tensor, dtype: torch.dtype,
     smoothing: float, slab_bytes: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """The sum of factor times loss, and those losses [N] without gradient."""
     needs = (x.requires_grad and torch.is_grad_enabled() for x in (hidden_NH, weight_VH))
     arguments = (dtype, smoothing, slab_bytes, *needs)
@@ -249,7 +249,7 @@ def summed_loss(
 def each_loss(
     hidden_NH: Tensor, weight_VH: Tensor, ids_N: Tensor, factors_N: Tensor, dtype: torch.dtype,
     smoothing: float, slab_bytes: int,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Factor times loss of every row [N]; the logits are computed again for the backward pass."""
     return _each_op(hidden_NH, weight_VH, ids_N, factors_N, dtype, smoothing, slab_bytes)
 
@@ -263,10 +263,10 @@ def cases(make: Callable[..., Tensor]) -> Iterator[tuple[str, bool, Callable[[],
     for dtype, smoothing, gradient in (
         (torch.bfloat16, 0.0, True), (torch.bfloat16, 0.1, True), (torch.bfloat16, 0.0, False),
         (torch.float32, 0.0, True),
-    ):  # fmt: skip
+    ):
         hot, logits = dtype == torch.bfloat16, make(64, 131_072, dtype=dtype)
         name = f"losses {str(dtype).removeprefix('torch.')}{' smooth' if smoothing else ''}"
         yield (
             name + (" gradient" if gradient else ""), hot,
             lambda a=(logits, ids, smoothing, gradient): row_losses(*a),
-        )  # fmt: skip
+        )

@@ -34,7 +34,7 @@ SHARES, PARTS, TOKENS = _tables("share_row"), _tables("run_parts"), _tables("tok
 def _add_pairs(
     total, order_ptr, excess_ptr, dx_ptr, first, last, h, inside, dx_stride,
     J: tl.constexpr, STEP: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
+):
     """total + the sum of excess * dx over the sorted pairs first .. last - 1."""
     for start in range(first, last, STEP):
         place = start + tl.arange(0, STEP)
@@ -51,7 +51,7 @@ def _add_pairs(
 def _share_row(
     share_ptr, dx_ptr, out_ptr, dx_stride, rows, width,
     ROWS: tl.constexpr, BLOCK_H: tl.constexpr, STEP: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
+):
     """The sum of share * dx over ROWS rows."""
     first = tl.program_id(0).to(tl.int64) * ROWS
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -70,7 +70,7 @@ def _run_parts(
     sorted_ptr, order_ptr, excess_ptr, dx_ptr, part_ptr, dx_stride, width,
     CHUNK: tl.constexpr, J: tl.constexpr, BLOCK_H: tl.constexpr, STEP: tl.constexpr,
     WIDE: tl.constexpr,
-):  # fmt: skip
+):
     """The sum over a chunk of pairs, if they all have one token."""
     chunk = tl.program_id(0).to(tl.int64)
     first = chunk * CHUNK
@@ -80,7 +80,7 @@ def _run_parts(
     total = _add_pairs(
         tl.zeros((BLOCK_H,), WIDE), order_ptr, excess_ptr, dx_ptr, first, first + CHUNK, h,
         h < width, dx_stride, J, STEP, WIDE,
-    )  # fmt: skip
+    )
     tl.store(part_ptr + chunk * width + h, total, h < width)
 
 
@@ -89,7 +89,7 @@ def _token_rows(
     begin_ptr, order_ptr, excess_ptr, dx_ptr, part_ptr, shared_ptr, out_ptr, dx_stride, width,
     CHUNK: tl.constexpr, J: tl.constexpr, BLOCK_H: tl.constexpr, STEP: tl.constexpr,
     WIDE: tl.constexpr,
-):  # fmt: skip
+):
     """A token's gradient: what every token gets, then its run, whole chunks of it as parts."""
     token = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -102,7 +102,7 @@ def _token_rows(
     total = tl.load(shared_ptr + h, mask=inside, other=0.0)
     total = _add_pairs(
         total, order_ptr, excess_ptr, dx_ptr, begin, before, h, inside, dx_stride, J, STEP, WIDE
-    )  # fmt: skip
+    )
     for start in range(first, last, STEP):
         chunk = start + tl.arange(0, STEP)
         parts = part_ptr + chunk[:, None] * width + h[None, :]
@@ -110,7 +110,7 @@ def _token_rows(
         total += tl.sum(parts, axis=0)
     total = _add_pairs(
         total, order_ptr, excess_ptr, dx_ptr, after, end, h, inside, dx_stride, J, STEP, WIDE
-    )  # fmt: skip
+    )
     tl.store(out_ptr + token * width + h, total.to(out_ptr.dtype.element_ty), inside)
 
 
@@ -132,7 +132,7 @@ def embedding_gradient(
     _run(
         TOKENS, _token_rows, vocabulary, dx_RH, begin_V1, *pairs, parts_CH, shared_H, gradient_VH,
         dx_RH.stride(0), dx_RH.shape[1], CHUNK=CHUNK, J=ids_RJ.shape[1],
-    )  # fmt: skip
+    )
     return gradient_VH
 
 
@@ -144,7 +144,7 @@ def _parts(sorted_P: Tensor, pairs: tuple[Tensor, Tensor, Tensor], top: int) -> 
     _run(
         PARTS, _run_parts, shape[0], dx_RH, sorted_P, *pairs, parts_CH, dx_RH.stride(0), shape[1],
         CHUNK=CHUNK, J=top,
-    )  # fmt: skip
+    )
     return parts_CH
 
 
@@ -155,7 +155,7 @@ def _shared(share_R: Tensor, dx_RH: Tensor) -> Tensor:
     _run(
         SHARES, _share_row, programs, dx_RH, share_R.contiguous(), dx_RH, out_WH, dx_RH.stride(0),
         rows, width, ROWS=SHARE_ROWS,
-    )  # fmt: skip
+    )
     return out_WH.sum(0)
 
 

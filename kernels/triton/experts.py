@@ -31,7 +31,7 @@ def experts_forward(
 def experts_hidden_gradient(
     dout_TD: Tensor, weights_TS: Tensor, down_EDF: Tensor, hidden_NF: Tensor, order_N: Tensor,
     ends_E: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     """As `grouped_matmul.hidden_gradient`."""
     pairs = SortedPairs(order_N, ends_E, weights_TS.shape[1])
     return hidden_gradient(dout_TD, down_EDF, weights_TS, hidden_NF, pairs)

@@ -71,7 +71,7 @@ def _product(
     rows_ptr, row, valid, matrix_ptr, column, inside, width, row_stride, k_stride, n_stride,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """Rows times one expert's matrix [BLOCK_M, BLOCK_N]; EVEN: BLOCK_K divides the width."""
     k = tl.arange(0, BLOCK_K)
     left_ptr = rows_ptr + row[:, None] * row_stride + k[None, :]
@@ -98,7 +98,7 @@ def _expert_up(
     tiles, experts, outs, width, TOP_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     EVEN: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """hidden = relu(up x)^2, rows of x gathered by token."""
     tile, column_tile = place(tiles, tl.cdiv(outs, BLOCK_N), GROUP)
     expert = tl.load(tiles_ptr + tile).to(tl.int64)
@@ -110,7 +110,7 @@ def _expert_up(
     total = _product(
         x_ptr, token, valid, up_ptr + expert * up_stride, column, column < outs, width,
         x_stride, k_stride, n_stride, BLOCK_M, BLOCK_N, BLOCK_K, EVEN, WIDE, PRECISION,
-    )  # fmt: skip
+    )
     total = tl.where(total < 0, 0.0, total)  # NaN stays NaN
     out = hidden_ptr + position[:, None] * outs + column[None, :]
     inside = valid[:, None] & (column < outs)[None, :]
@@ -123,7 +123,7 @@ def _rows_to_slots(
     row_stride, matrix_stride, n_stride, k_stride, tiles, experts, outs, width,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     EVEN: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """Sorted rows times matrices, times routing weight where given; stored at (token, slot)."""
     tile, column_tile = place(tiles, tl.cdiv(outs, BLOCK_N), GROUP)
     expert = tl.load(tiles_ptr + tile).to(tl.int64)
@@ -134,7 +134,7 @@ def _rows_to_slots(
     total = _product(
         rows_ptr, position, valid, matrix_ptr + expert * matrix_stride, column, column < outs,
         width, row_stride, k_stride, n_stride, BLOCK_M, BLOCK_N, BLOCK_K, EVEN, WIDE, PRECISION,
-    )  # fmt: skip
+    )
     pair = tl.load(order_ptr + position, mask=valid, other=0).to(tl.int64)
     if weights_ptr is not None:
         total *= tl.load(weights_ptr + pair, mask=valid, other=0.0).to(WIDE)[:, None]
@@ -170,7 +170,7 @@ def _hidden_gradient(
     dweights_ptr, dout_stride, down_stride, n_stride, k_stride, tiles, experts, outs, width, pairs,
     TOP_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """From g = down^T dout: the gradient by up x, w hidden, and this column tile's <hidden, g>."""
     tile, column_tile = place(tiles, tl.cdiv(outs, BLOCK_N), GROUP)
     expert = tl.load(tiles_ptr + tile).to(tl.int64)
@@ -183,7 +183,7 @@ def _hidden_gradient(
         dout_ptr, (pair // TOP_K).to(tl.int64), valid, down_ptr + expert * down_stride, column,
         column < outs, width, dout_stride, k_stride, n_stride, BLOCK_M, BLOCK_N, BLOCK_K, EVEN,
         WIDE, PRECISION,
-    )  # fmt: skip
+    )
     pair = pair.to(tl.int64)
     weight = tl.load(weights_ptr + pair, mask=valid, other=0.0).to(WIDE)
     # half of the columns after the other: what each needs in registers would not fit at once
@@ -197,7 +197,7 @@ def _hidden_gradient(
     dweight += _through_activation(
         second_half, weight, valid, row, column + BLOCK_N // 2, hidden_ptr, dup_ptr, weighted_ptr,
         outs,
-    )  # fmt: skip
+    )
     tl.store(dweights_ptr + column_tile.to(tl.int64) * pairs + pair, dweight, valid)
 
 
@@ -239,7 +239,7 @@ def expert_up(x_TD: Tensor, up_EFD: Tensor, pairs: SortedPairs) -> Tensor:
             _expert_up, grid, x_TD, up_EFD, pairs.order_N, pairs.tiles(config.blocks["BLOCK_M"]),
             hidden_NF, x_TD.stride(0), *up_EFD.stride(), *shape,
             config=config, TOP_K=pairs.top_k, **constants,
-        )  # fmt: skip
+        )
 
     table(x_TD, pairs).run(x_TD, ("up", *key(pairs, up_EFD)), run)
     return hidden_NF
@@ -259,7 +259,7 @@ def rows_to_slots(
             _rows_to_slots, grid, rows_NI, matrix_EOI, weights_TS, pairs.order_N,
             pairs.tiles(config.blocks["BLOCK_M"]), copies_NO, rows_NI.stride(0),
             *matrix_EOI.stride(), *shape, config=config, **constants,
-        )  # fmt: skip
+        )
 
     table(rows_NI, pairs).run(rows_NI, ("slots", *key(pairs, matrix_EOI)), run)
     return sum_copies(copies_NO.view(-1, pairs.top_k, outs))
@@ -287,7 +287,7 @@ def hidden_gradient(
             pairs.tiles(config.blocks["BLOCK_M"]), dup_NF, weighted_NF, partial[0],
             dout_TD.stride(0), *down_EFD.stride(), *shape, count,
             config=config, TOP_K=pairs.top_k, **constants,
-        )  # fmt: skip
+        )
 
     table(dout_TD, pairs).run(dout_TD, ("hidden", *key(pairs, down_EFD)), run)
     dweights = sum_copies(partial[0]).view(weights_TS.shape).to(weights_TS.dtype)
@@ -324,7 +324,7 @@ def _grouped(
     constants = {
         "EVEN": width % blocks["BLOCK_K"] == 0, "WIDE": wide_type(like),
         "PRECISION": dot_precision(like),
-    }  # fmt: skip
+    }
     return grid, (tiles, experts, outs, width), constants
 
 

@@ -48,7 +48,7 @@ def _tile(logits_ptr, start, place, width, WIDE: tl.constexpr):
 def _measure(
     logits_ptr, place, width, temperature,
     SCALED: tl.constexpr, LANES: tl.constexpr, EACH: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
+):
     """Of a row: peak, its first place, and with w = e^(x - peak) the sums of w, of w (x - peak) and
     of e^((x - peak) / temperature)."""
     peak, first = tl.full((LANES,), -float("inf"), WIDE), tl.zeros((LANES,), tl.int32)
@@ -87,7 +87,7 @@ def _measure(
 def _draw(
     logits_ptr, place, width, temperature, top, point,
     SCALED: tl.constexpr, LANES: tl.constexpr, EACH: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
+):
     """The first token, in the vocabulary's order, at which the sum of weights exceeds the point.
 
     A token of weight 0 is never drawn; if rounding leaves the point beyond the sum, the last other.
@@ -119,20 +119,20 @@ def _sweep_rows(
     row_stride, width, temperature,
     CHOICE: tl.constexpr, SCALED: tl.constexpr, PROBS: tl.constexpr, LANES: tl.constexpr,
     EACH: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
+):
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * row_stride
     place = tl.arange(0, LANES)[:, None] * EACH + tl.arange(0, EACH)[None, :]
     top, first, total, sloped, tempered = _measure(
         logits_ptr, place, width, temperature, SCALED, LANES, EACH, WIDE
-    )  # fmt: skip
+    )
     if CHOICE == ARGMAX:
         token = first.to(tl.int64)
     elif CHOICE == SAMPLE:
         point = tl.load(uniform_ptr + row).to(tl.float64) * tempered.to(tl.float64)
         token = _draw(
             logits_ptr, place, width, temperature, top, point, SCALED, LANES, EACH, WIDE
-        ).to(tl.int64)  # fmt: skip
+        ).to(tl.int64)
     else:
         token = tl.load(given_ptr + row)
     own, log_total = tl.load(logits_ptr + token).to(WIDE), tl.log(total)
@@ -155,7 +155,7 @@ def _sweep_rows(
 def sweep_rows_forward(
     logits_RV: Tensor, uniform_R: Tensor | None, tokens_R: Tensor | None, temperature: float,
     choice: str, probs: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Tokens [R] int64; log-probability, entropy and log-sum-exp [R] float32 of softmax(logits).
 
     choice: "argmax", the lowest of equals; "sample", at uniform_R from softmax(logits /
@@ -173,7 +173,7 @@ def sweep_rows_forward(
             _sweep_rows, (rows,), logits_RV, *given, tokens, *numbers, logits_RV.stride(0), width,
             float(temperature), config=config, CHOICE=choice,
             SCALED=choice == "sample" and temperature != 1, PROBS=probs, WIDE=wide_type(logits_RV),
-        )  # fmt: skip
+        )
 
     ROWS.run(logits_RV, width, run)
     return tokens, *numbers
@@ -197,7 +197,7 @@ def _(logits_RV, uniform_R, tokens_R, temperature, choice, probs):
 def vocabulary_sweep(
     hidden_TH: Tensor, head_VH: Tensor, table_VG: Tensor | None, uniform_T: Tensor | None,
     rule: "public._Rule", slab_bytes: int,
-) -> "list[public.SweepOutput]":  # fmt: skip
+) -> "list[public.SweepOutput]":
     """The outputs of each slab, as `tess.kernels.head.vocabulary_sweep` joins them.
 
     head: in the products' dtype, which the slab has too.
@@ -218,7 +218,7 @@ def vocabulary_sweep(
 def _sweep_slab(
     hidden_RH: Tensor, head_VH: Tensor, table_VG: Tensor | None, slab_RV: Tensor, start: int,
     draw_R: Tensor | None, rule: "public._Rule",
-) -> "public.SweepOutput":  # fmt: skip
+) -> "public.SweepOutput":
     rows = len(hidden_RH)
     torch.mm(F.pad(hidden_RH, (0, 0, 0, len(slab_RV) - rows)), head_VH.T, out=slab_RV)
     logits_RV, probs = slab_RV[:rows], table_VG is not None
@@ -269,10 +269,10 @@ def cases(make: Callable[..., Tensor]) -> Iterator[tuple[str, bool, Callable[[],
         (torch.bfloat16, "argmax", 1.0, True), (torch.bfloat16, "sample", 1.0, True),
         (torch.bfloat16, "sample", 0.7, False), (torch.bfloat16, "given", 1.0, True),
         (torch.float32, "sample", 0.7, True),
-    ):  # fmt: skip
+    ):
         hot, logits = dtype == torch.bfloat16, make(64, 131_072, dtype=dtype)
         name = f"sweep {choice} {temperature} {str(dtype).removeprefix('torch.')}"
         yield (
             name, hot,
             lambda a=(logits, uniform, given, temperature, choice, probs): sweep_rows_forward(*a),
-        )  # fmt: skip
+        )

@@ -27,7 +27,7 @@ POINTER_TYPES = {
     torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16",
     torch.float16: "*fp16", torch.int64: "*i64", torch.int32: "*i32", torch.int8: "*i8",
     torch.uint8: "*u8", torch.bool: "*i1",
-}  # fmt: skip
+}
 
 _forced_architecture: list[str] = []
 _records: list[list["Launch"]] = []

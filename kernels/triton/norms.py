@@ -37,7 +37,7 @@ def _silu(x):
 def _norm_forward(
     x_ptr, gate_ptr, weight_ptr, y_ptr, scale_ptr, x_stride, gate_stride, rows, groups, width, eps,
     UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
+):
     group = (tl.program_id(0) % groups).to(tl.int64)
     row = (tl.program_id(0) // groups).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
@@ -64,7 +64,7 @@ def _norm_backward(
     x_ptr, gate_ptr, weight_ptr, scale_ptr, dy_ptr, dx_ptr, dgate_ptr, partial_ptr,
     x_stride, gate_stride, dy_stride, rows, groups, width, steps,
     UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
+):
     group = (tl.program_id(0) % groups).to(tl.int64)
     program = (tl.program_id(0) // groups).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -87,7 +87,7 @@ def _norm_backward(
             gate = tl.load(
                 gate_ptr + row[:, None] * gate_stride * UNIT + place[None, :], mask=here,
                 other=0.0,
-            ).to(WIDE)  # fmt: skip
+            ).to(WIDE)
             silu, slope = _silu(gate)
             normed = x * silu * scale
         else:
@@ -122,7 +122,7 @@ def group_norm_forward(
         launch(
             _norm_forward, (tiles * groups,), x, gate, weight, y_RD, scale_RG, *strides, rows,
             groups, in_units, eps, config=config, UNIT=unit, WIDE=wide_type(x),
-        )  # fmt: skip
+        )
 
     FORWARD.run(x, (columns, groups, gate is None), run)
     return y_RD, scale_RG
@@ -131,7 +131,7 @@ def group_norm_forward(
 def group_norm_backward(
     x_RD: Tensor, gate_RD: Tensor | None, weight_D: Tensor, scale_RG: Tensor, dy_RD: Tensor,
     groups: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients by x, by the gate (of size 0 without one) and by the weight, in their dtypes."""
     rows, columns = x_RD.shape
     dx_RD = torch.empty((rows, columns), dtype=x_RD.dtype, device=x_RD.device)
@@ -151,7 +151,7 @@ def group_norm_backward(
             _norm_backward, (len(partial_PD) * groups,), x, gate, weight, scale_RG, dy, dx_RD,
             None if gate is None else dgate, partial_PD, *strides, rows, groups, in_units, steps,
             config=config, UNIT=unit, WIDE=wide_type(x),
-        )  # fmt: skip
+        )
         sums[:] = [partial_PD.sum(0).to(weight_D.dtype)]
 
     table = BACKWARD if gate is None else GATED_BACKWARD

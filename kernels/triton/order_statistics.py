@@ -36,7 +36,7 @@ QUANTILE_MIDDLE = tl.constexpr((
     13731.693765509461125, 1971.5909503065514427, 133.14166789178437745, 3.387132872796366608,
     5226.495278852854561, 28729.085735721942674, 39307.89580009271061, 21213.794301586595867,
     5394.1960214247511077, 687.1870074920579083, 42.313330701600911252, 1.0,
-))  # fmt: skip
+))
 QUANTILE_TAIL = tl.constexpr((
     7.7454501427834140764e-4, 0.0227238449892691845833, 0.24178072517745061177,
     1.27045825245236838258, 3.64784832476320460504, 5.7694972214606914055, 4.6303378461565452959,
@@ -44,7 +44,7 @@ QUANTILE_TAIL = tl.constexpr((
     1.05075007164441684324e-9, 5.475938084995344946e-4, 0.0151986665636164571966,
     0.14810397642748007459, 0.68976733498510000455, 1.6763848301838038494, 2.05319162663775882187,
     1.0,
-))  # fmt: skip
+))
 QUANTILE_FAR = tl.constexpr((
     2.01033439929228813265e-7, 2.71155556874348757815e-5, 0.0012426609473880784386,
     0.026532189526576123093, 0.29656057182850489123, 1.7848265399172913358, 5.4637849111641143699,
@@ -52,7 +52,7 @@ QUANTILE_FAR = tl.constexpr((
     2.04426310338993978564e-15, 1.4215117583164458887e-7, 1.8463183175100546818e-5,
     7.868691311456132591e-4, 0.0148753612908506148525, 0.13692988092273580531,
     0.59983220655588793769, 1.0,
-))  # fmt: skip
+))
 
 # The normal distribution function, for |x| up to 0.67 and from there to sqrt(32), and 1 - x^2 times
 # ... further out (W. J. Cody, "Rational Chebyshev approximations for the error function", Math.
@@ -61,20 +61,20 @@ NORMAL_MIDDLE = tl.constexpr((
     0.065682337918207449113, 2.2352520354606839287, 161.02823106855587881, 1067.6894854603709582,
     18154.981253343561249,
     1.0, 47.20258190468824187, 976.09855173777669322, 10260.932208618978205, 45507.789335026729956,
-))  # fmt: skip
+))
 NORMAL_TAIL = tl.constexpr((
     1.0765576773720192317e-8, 0.39894151208813466764, 8.8831497943883759412, 93.506656132177855979,
     597.27027639480026226, 2494.5375852903726711, 6848.1904505362823326, 11602.651437647350124,
     9842.7148383839780218,
     1.0, 22.266688044328115691, 235.38790178262499861, 1519.377599407554805, 6485.558298266760755,
     18615.571640885098091, 34900.952721145977266, 38912.003286093271411, 19685.429676859990727,
-))  # fmt: skip
+))
 NORMAL_FAR = tl.constexpr((
     0.02307344176494017303, 0.21589853405795699, 0.1274011611602473639, 0.022235277870649807,
     0.001421619193227893466, 2.9112874951168792e-5,
     1.0, 1.28426009614491121, 0.468238212480865118, 0.0659881378689285515,
     0.00378239633202758244, 7.29751555083966205e-5,
-))  # fmt: skip
+))
 
 
 # ---- functions, all in float64 ----
@@ -200,7 +200,7 @@ def _others(last, sigma, shift, chance, count, bulk):
 def _draw_tokens(
     keys_ptr, positions_ptr, tokens_ptr, gap_ptr, sigma_ptr, ids_ptr, weights_ptr, share_ptr,
     spread_ptr, draw, count, refused, BLOCKS: tl.constexpr, TOP: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     """Of a row: the true token's id and weight, those of the top tokens, share and spread."""
     row, k = tl.program_id(0).to(tl.int64) + tl.arange(0, 1), tl.arange(0, BLOCK)
     key, position = tl.load(keys_ptr + row), tl.load(positions_ptr + row)
@@ -241,7 +241,7 @@ def can_draw(vocabulary: int, num_top: int) -> bool:
 def draw_tokens_forward(
     keys_R: Tensor, positions_R: Tensor, tokens_R: Tensor, gap_R: Tensor, sigma_R: Tensor,
     draw: int, vocabulary: int, num_top: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Ids [R, J] int32; weights [R, J], share [R] and spread [R] float64, as `token_weights`."""
     rows, count, device = len(keys_R), vocabulary - 1, keys_R.device
     ids_RJ = torch.empty((rows, num_top + 1), dtype=torch.int32, device=device)
@@ -254,7 +254,7 @@ def draw_tokens_forward(
             _draw_tokens, (rows,), *fields, ids_RJ, weights_RJ, share_R, spread_R, draw, count,
             2**32 % count, config=config, BLOCKS=triton.cdiv(num_top, 4), TOP=num_top,
             BLOCK=triton.next_power_of_2(num_top),
-        )  # fmt: skip
+        )
 
     DRAW.run(weights_RJ, num_top, run)
     return ids_RJ, weights_RJ, share_R, spread_R
@@ -281,4 +281,4 @@ def cases(make: Callable[..., Tensor]) -> Iterator[tuple[str, bool, Callable[[],
         yield (
             f"draw {num_top} tokens", True,
             lambda n=num_top: draw_tokens_forward(keys, keys, keys, scale, scale, 3, 131_072, n),
-        )  # fmt: skip
+        )

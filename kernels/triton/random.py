@@ -110,7 +110,7 @@ def normal_tile(first_block, position, key, draw, STREAM: tl.constexpr, BLOCK: t
 def _words(
     keys_ptr, positions_ptr, out_ptr, draw, start, blocks, STREAM: tl.constexpr,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     row = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = n < blocks
@@ -124,7 +124,7 @@ def _words(
 def _normals(
     keys_ptr, positions_ptr, out_ptr, draw, start, width, STREAM: tl.constexpr,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     row = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * BLOCK
     column = 4 * first + tl.arange(0, 4 * BLOCK)
@@ -147,7 +147,7 @@ def words_at(
         launch(
             _words, (len(keys_R), triton.cdiv(blocks, config.blocks["BLOCK"])), keys_R,
             positions_R, words_RW, draw, start, blocks, config=config, STREAM=stream,
-        )  # fmt: skip
+        )
 
     WORDS.run(words_RW, blocks, run)
     return words_RW
@@ -156,7 +156,7 @@ def words_at(
 def normal_at(
     keys_R: Tensor, positions_R: Tensor, draw: int, start: int, width: int, stream: int,
     dtype: torch.dtype = torch.float32,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """As `tess.kernels.random.normal_at`: the same words, float32 maths, stored in a dtype."""
     values_RW = torch.empty((len(keys_R), width), dtype=dtype, device=keys_R.device)
 
@@ -164,7 +164,7 @@ def normal_at(
         launch(
             _normals, (len(keys_R), triton.cdiv(width, 4 * config.blocks["BLOCK"])), keys_R,
             positions_R, values_RW, draw, start // 4, width, config=config, STREAM=stream,
-        )  # fmt: skip
+        )
 
     NORMALS.run(values_RW, width, run)
     return values_RW
@@ -180,5 +180,5 @@ def cases(make: Callable[..., Tensor]) -> Iterator[tuple[str, bool, Callable[[],
         yield (
             f"normals {dtype}".replace("torch.", ""), hot,
             lambda dtype=dtype: normal_at(keys, keys, 3, 0, 2688, random.BULK_STREAM, dtype),
-        )  # fmt: skip
+        )
     yield "words", False, lambda: words_at(keys, keys, 3, 0, 17, random.LARGEST_STREAM)

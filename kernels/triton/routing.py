@@ -28,7 +28,7 @@ def _best(value, free, index, NONE: tl.constexpr):
 def _group_scores(
     biased, inside, expert, group_size,
     GROUPS: tl.constexpr, ROWS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_G: tl.constexpr,
-):  # fmt: skip
+):
     """The sum of the two best biased scores of each group [ROWS, BLOCK_G]."""
     group = tl.arange(0, BLOCK_G)
     scores = tl.full((ROWS, BLOCK_G), float("-inf"), biased.dtype)
@@ -45,7 +45,7 @@ def _group_scores(
 def _in_best_groups(
     biased, inside, expert, group_size, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_G: tl.constexpr,
-):  # fmt: skip
+):
     """Whether an expert's group is one of the TOP_GROUPS best of its row [ROWS, BLOCK_E]."""
     scores = _group_scores(biased, inside, expert, group_size, GROUPS, ROWS, BLOCK_E, BLOCK_G)
     scores = tl.where(scores == scores, scores, float("-inf"))  # inf - inf of infinite biases
@@ -65,7 +65,7 @@ def _route(
     TOP_K: tl.constexpr, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, NORMALIZE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_G: tl.constexpr,
     WIDE: tl.constexpr,
-):  # fmt: skip
+):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     expert = tl.arange(0, BLOCK_E)
     inside = (row < rows)[:, None] & (expert < experts)[None, :]
@@ -101,7 +101,7 @@ def _route_backward(
     logits_ptr, ids_ptr, dweights_ptr, dlogits_ptr, row_stride, dweights_stride, rows, experts,
     scaling, TOP_K: tl.constexpr, NORMALIZE: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_S: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
+):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     slot = tl.arange(0, BLOCK_S)
     chosen = (row < rows)[:, None] & (slot < TOP_K)[None, :]
@@ -130,7 +130,7 @@ def _route_backward(
 def route_tokens_forward(
     logits_TE: Tensor, bias_E: Tensor, top_k: int, num_groups: int, top_groups: int,
     normalize: bool, scaling: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """Weights [T, S] and expert ids [T, S] int64, in falling order of biased score.
 
     The weights come first because `torch.library.opcheck` adds up outputs and starts with one.
@@ -143,14 +143,14 @@ def route_tokens_forward(
         "TOP_K": top_k, "GROUPS": num_groups, "TOP_GROUPS": top_groups, "NORMALIZE": normalize,
         "BLOCK_E": triton.next_power_of_2(experts), "BLOCK_S": triton.next_power_of_2(top_k),
         "BLOCK_G": triton.next_power_of_2(num_groups), "WIDE": wide_type(logits_TE),
-    }  # fmt: skip
+    }
 
     def run(config: Config) -> None:
         launch(
             _route, (triton.cdiv(rows, config.blocks["ROWS"]),), logits_TE, bias_E, ids_TS,
             weights_TS, logits_TE.stride(0), rows, experts, experts // num_groups, float(scaling),
             config=config, **constants,
-        )  # fmt: skip
+        )
 
     ROUTE.run(logits_TE, (experts, top_k), run)
     return weights_TS, ids_TS
@@ -168,14 +168,14 @@ def route_tokens_backward(
     constants = {
         "TOP_K": top_k, "NORMALIZE": normalize, "BLOCK_E": triton.next_power_of_2(experts),
         "BLOCK_S": triton.next_power_of_2(top_k), "WIDE": wide_type(logits_TE),
-    }  # fmt: skip
+    }
 
     def run(config: Config) -> None:
         launch(
             _route_backward, (triton.cdiv(rows, config.blocks["ROWS"]),), logits_TE, ids_TS,
             dweights_TS, dlogits_TE, logits_TE.stride(0), dweights_TS.stride(0), rows, experts,
             float(scaling), config=config, **constants,
-        )  # fmt: skip
+        )
 
     ROUTE_BACKWARD.run(logits_TE, (experts, top_k), run)
     return dlogits_TE
@@ -221,7 +221,7 @@ _forward_op.register_autograd(_gradients, setup_context=_save)
 def route_tokens(
     logits_TE: Tensor, bias_E: Tensor, top_k: int, *, num_groups: int, top_groups: int,
     normalize: bool, scaling: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """As `tess.kernels.experts.route_tokens`; of equal scores the lowest expert id comes first."""
     weights_TS, ids_TS = _forward_op(
         logits_TE, bias_E, top_k, num_groups, top_groups, normalize, float(scaling)
@@ -243,4 +243,4 @@ def cases(make: Callable[..., Tensor]) -> Iterator[tuple[str, bool, Callable[[],
             yield (
                 f"{name} backward", True,
                 lambda a=(logits, ids, weights, True, 2.5): route_tokens_backward(*a),
-            )  # fmt: skip
+            )

@@ -58,7 +58,7 @@ def _bulk_product(
     z_ptr, factor_ptr, out_ptr, rows, width,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """z L^T for a lower triangular L, of which nothing right of a tile's diagonal is read."""
     columns = tl.cdiv(width, BLOCK_N)
     program = tl.program_id(0)
@@ -86,7 +86,7 @@ def _bulk_product(
 def _weighted_rows(
     weight_ptr, ids_ptr, excess_ptr, share_ptr, spread_ptr, sums_ptr, noise_ptr, x_ptr, row_stride,
     width, J: tl.constexpr, BLOCK_H: tl.constexpr, STEP: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
+):
     """x = share * sums + spread * noise + sum_j excess_j E_(ids_j)."""
     row = tl.program_id(0).to(tl.int64)
     h, step = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H), tl.arange(0, STEP)
@@ -108,7 +108,7 @@ def _weighted_rows(
 def _tile_logits(
     keys_ptr, positions_ptr, ids_ptr, gap_ptr, sigma_ptr, out_ptr, draw, start, width,
     BLOCK: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
+):
     row, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK
     column = 4 * first + tl.arange(0, 4 * BLOCK)
     key, position = tl.load(keys_ptr + row), tl.load(positions_ptr + row)
@@ -133,7 +133,7 @@ def bulk_product(z_RH: Tensor, factor_HH: Tensor) -> Tensor:
         launch(
             _bulk_product, (tiles,), z_RH, factor_HH, out_RH, rows, width, config=config,
             EVEN=width % blocks["BLOCK_K"] == 0, **constants,
-        )  # fmt: skip
+        )
 
     PRODUCT.run(z_RH, width, run)
     return out_RH
@@ -142,7 +142,7 @@ def bulk_product(z_RH: Tensor, factor_HH: Tensor) -> Tensor:
 def weighted_rows(
     weight_VH: Tensor, ids_RJ: Tensor, excess_RJ: Tensor, share_R: Tensor, spread_R: Tensor,
     sums_H: Tensor, noise_RH: Tensor | None, x_RH: Tensor,
-) -> None:  # fmt: skip
+) -> None:
     """Fills x [R, H] with share * sums + spread * noise + sum_j excess_j E_(ids_j)."""
     (rows, width), constants = x_RH.shape, {"J": ids_RJ.shape[1], "WIDE": wide_type(weight_VH)}
 
@@ -151,7 +151,7 @@ def weighted_rows(
             _weighted_rows, (rows, triton.cdiv(width, config.blocks["BLOCK_H"])), weight_VH,
             ids_RJ, excess_RJ, share_R, spread_R, sums_H, noise_RH, x_RH, weight_VH.stride(0),
             width, config=config, **constants,
-        )  # fmt: skip
+        )
 
     table = GATHER if width > NARROW else GATHER_NARROW
     table.run(weight_VH, (width, ids_RJ.shape[1]), run)
@@ -160,7 +160,7 @@ def weighted_rows(
 def sampled_embedding_forward(
     weight_VH: Tensor, ids_RJ: Tensor, excess_RJ: Tensor, share_R: Tensor, spread_R: Tensor,
     sums_H: Tensor, factor_HH: Tensor, keys_R: Tensor, positions_R: Tensor, draw: int,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """The embedding [R, H] in E's dtype of tokens that were drawn.
 
     The product L z has operands in E's dtype; where that is narrow L is scaled to the size of one
@@ -180,7 +180,7 @@ def sampled_embedding_forward(
     for rows in _slabs(len(x_RH), width, dtype):
         z_RH = normal_at(
             keys_R[rows], positions_R[rows], draw, 0, width, random.BULK_STREAM, dtype
-        )  # fmt: skip
+        )
         noise_RH = bulk_product(z_RH, factor_HH)
         part = (*(field[rows] for field in fields), sums_H.contiguous(), noise_RH, x_RH[rows])
         weighted_rows(weight_VH, *part)
@@ -201,7 +201,7 @@ def _dense_rows(x: Tensor) -> Tensor:
 def tile_logits_forward(
     keys_R: Tensor, positions_R: Tensor, ids_R: Tensor, gap_R: Tensor, sigma_R: Tensor, draw: int,
     start: int, width: int, dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Logits [R, T] of tokens start .. start + width - 1, up to a shift; start a multiple of 64."""
     logits_RT = torch.empty((len(keys_R), width), dtype=dtype, device=keys_R.device)
     fields = [x.contiguous() for x in (keys_R, positions_R, ids_R, gap_R, sigma_R)]
@@ -210,7 +210,7 @@ def tile_logits_forward(
         launch(
             _tile_logits, (len(keys_R), triton.cdiv(width, 4 * config.blocks["BLOCK"])), *fields,
             logits_RT, draw, start, width, config=config, WIDE=wide_type(logits_RT),
-        )  # fmt: skip
+        )
 
     LOGITS.run(logits_RT, width, run)
     return logits_RT
@@ -281,7 +281,7 @@ def cases(make: Callable[..., Tensor]) -> Iterator[tuple[str, bool, Callable[[],
     for vocabulary, width, dtype in (
         (131_072, 2688, torch.bfloat16), (131_072, 2688, torch.float32),
         (8192, 192, torch.bfloat16),
-    ):  # fmt: skip
+    ):
         hot, rows, top = dtype == torch.bfloat16, 4096, 32
         label = f"embed {width}" + ("" if hot else " float32")
         weight, x = make(vocabulary, width, dtype=dtype), make(rows, width, dtype=dtype)
@@ -295,4 +295,4 @@ def cases(make: Callable[..., Tensor]) -> Iterator[tuple[str, bool, Callable[[],
     yield (
         "tile logits", True,
         lambda: tile_logits_forward(keys, keys, keys, share, share, 3, 4096, 4096, torch.float32),
-    )  # fmt: skip
+    )

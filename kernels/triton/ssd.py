@@ -28,14 +28,14 @@ def scan_forward(
     d_H: Tensor | None, bias_H: Tensor | None, mask_BL: Tensor | None, sequence_BL: Tensor | None,
     scale_H: Tensor | None, initial_BHPN: Tensor | None, direction: str, softplus: bool,
     low: float, high: float, want_final: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """y, final state (of size 0 unless wanted), and for the backward pass dt, decays and C B^T."""
     dt_BHL, incl_BHL = steps_forward(raw_BLH, a_H, bias_H, mask_BL, softplus, low, high)
     cb = chunk_products(c_BLGN, b_BLGN)
     y_BLHP, final = sweep_forward(
         x_BLHP, dt_BHL, incl_BHL, b_BLGN, c_BLGN, cb, d_H, scale_H, sequence_BL, initial_BHPN,
         direction, want_final,
-    )  # fmt: skip
+    )
     return y_BLHP, dt_BHL.new_empty(0) if final is None else final, dt_BHL, incl_BHL, cb
 
 
@@ -47,12 +47,12 @@ def scan_backward_all(
     low: float, high: float,
 ) -> tuple[
     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
-]:  # fmt: skip
+]:
     """Gradients by x, raw steps, decay rates, B, C, D, bias, reverse scale and initial state."""
     inputs = ScanInputs(
         x_BLHP, raw_BLH, a_H, b_BLGN, c_BLGN, d_H, bias_H, mask_BL, sequence_BL, scale_H,
         initial_BHPN, dt_BHL, incl_BHL, cb,
-    )  # fmt: skip
+    )
     dfinal = None if dfinal_BHPN is None else dfinal_BHPN.contiguous()
     return tuple(
         scan_backward(inputs, _rows_last(dy_BLHP), dfinal, direction, softplus, low, high)
@@ -75,7 +75,7 @@ _backward_op = torch.library.custom_op(
 def _(
     x, raw, a, b, c, d, bias, mask, sequence, scale, initial, direction, softplus, low, high,
     want_final,
-):  # fmt: skip
+):
     batch, length, heads, width = x.shape
     groups, states = b.shape[2:]
     chunks = -(-length // CHUNK)
@@ -90,13 +90,13 @@ def _(
 def _(
     x, raw, a, b, c, d, bias, mask, sequence, scale, initial, dt, incl, cb, dy, dfinal,
     direction, softplus, low, high,
-):  # fmt: skip
+):
     head = dt.new_empty(x.shape[2])
     state = dt.new_empty((x.shape[0], x.shape[2], x.shape[3], b.shape[3]))
     return (
         x.new_empty(x.shape), raw.new_empty(raw.shape), head, b.new_empty(b.shape),
         c.new_empty(c.shape), *(torch.empty_like(head) for _ in range(3)), state,
-    )  # fmt: skip
+    )
 
 
 def _save(ctx, inputs, output) -> None:
@@ -118,7 +118,7 @@ def _gradients(ctx, dy, dfinal, *_):
     return (
         dx, draw, cast(da, a), db, dc, cast(dd, d), cast(dbias, bias), None, None,
         cast(dscale, scale), cast(dinitial, initial), None, None, None, None, None,
-    )  # fmt: skip
+    )
 
 
 _forward_op.register_autograd(_gradients, setup_context=_save)
@@ -131,7 +131,7 @@ def ssd_scan(
     sequence_ids_BL: Tensor | None = None, direction: str = "forward",
     reverse_scale_H: Tensor | None = None, initial_state_BHPN: Tensor | None = None,
     return_final_state: bool = False,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor, Tensor | None]:
     """As `tess.kernels.ssd.ssd_scan`, which checks the arguments."""
     x = _rows_last(x_BLHP)
     b, c = (_rows_last(tensor.to(x.dtype)) for tensor in (b_BLGN, c_BLGN))
@@ -144,7 +144,7 @@ def ssd_scan(
     y, final, *_ = _forward_op(
         x, dt_BLH, a_H.contiguous(), b, c, d, bias, mask, sequence, scale, initial, direction,
         dt_softplus, *limits, return_final_state,
-    )  # fmt: skip
+    )
     return y, final if return_final_state else None
 
 

@@ -36,7 +36,7 @@ def _steps_backward(
     raw_ptr, bias_ptr, a_ptr, mask_ptr, dt_ptr, ddt_ptr, sum_ptr, excl_ptr, over_ptr, carry_ptr,
     draw_ptr, da_ptr, dbias_ptr, stride_b, stride_l, stride_h, length, chunks, heads, low, high,
     Q: tl.constexpr, BLOCK_H: tl.constexpr, SOFTPLUS: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
+):
     """Gradients by the raw steps, and each chunk's part of those by the rates and biases."""
     row = (tl.program_id(0) // chunks).to(tl.int64)
     chunk = tl.program_id(0) % chunks
@@ -80,7 +80,7 @@ def _steps_backward(
 def scan_backward(
     inputs: ScanInputs, dy_BLHP: Tensor, dfinal_BHPN: Tensor | None, direction: str,
     softplus: bool, low: float, high: float,
-) -> ScanGradients:  # fmt: skip
+) -> ScanGradients:
     """Gradients of the scan, for some rows of the batch at a time (STATE_BYTES)."""
     x, b = inputs.x_BLHP, inputs.b_BLGN
     batch, length, heads, width = x.shape
@@ -102,7 +102,7 @@ def scan_backward(
         _backward_rows(
             inputs.rows(part), dy_BLHP[part], None if dfinal_BHPN is None else dfinal_BHPN[part],
             ScanGradients(*(tensor[part] for tensor in out)), direction, softplus, low, high,
-        )  # fmt: skip
+        )
     sums = {name: getattr(out, name).sum((0, 1)) for name in ("a_H", "d_H", "bias_H", "scale_H")}
     return out._replace(**sums)
 
@@ -110,7 +110,7 @@ def scan_backward(
 def _backward_rows(
     inputs: ScanInputs, dy: Tensor, dfinal: Tensor | None, out: ScanGradients, direction: str,
     softplus: bool, low: float, high: float,
-) -> None:  # fmt: skip
+) -> None:
     """Fill the gradients of some rows; those of numbers per head by chunk."""
     forward, reverse = direction != "reverse", direction != "forward"
     left = right = to_right = to_left = None
@@ -144,7 +144,7 @@ def _by_chunk(part_BHL: Tensor) -> Tensor:
 def _launch_steps(
     inputs: ScanInputs, out: ScanGradients, parts: PositionParts, reverse: bool, carry: Tensor,
     softplus: bool, low: float, high: float,
-) -> None:  # fmt: skip
+) -> None:
     batch, length, heads = inputs.raw_BLH.shape
     chunks = inputs.cb.shape[1]
 
@@ -155,6 +155,6 @@ def _launch_steps(
             parts.excl if reverse else None, parts.over, carry, out.dt_BLH, out.a_H, out.bias_H,
             *inputs.raw_BLH.stride(), length, chunks, heads, low, high, config=config, Q=CHUNK,
             SOFTPLUS=softplus, WIDE=wide_type(inputs.dt_BHL),
-        )  # fmt: skip
+        )
 
     STEPS_BACKWARD.run(inputs.raw_BLH, (heads, length), run)

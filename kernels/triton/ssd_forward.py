@@ -59,7 +59,7 @@ def _steps(
     raw_ptr, bias_ptr, a_ptr, mask_ptr, dt_ptr, incl_ptr, stride_b, stride_l, stride_h,
     length, chunks, heads, low, high,
     Q: tl.constexpr, BLOCK_H: tl.constexpr, SOFTPLUS: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
+):
     """dt [B, H, chunks Q] after bias, softplus, clamp and mask, and its decays summed by chunk."""
     row = (tl.program_id(0) // chunks).to(tl.int64)
     chunk = tl.program_id(0) % chunks
@@ -100,7 +100,7 @@ def chunk_decays(dt_ptr, incl_ptr, first, Q: tl.constexpr):
 def chunk_weights(
     incl_t, excl_t, incl_s, excl_s, row, column, scale,
     FORWARD: tl.constexpr, REVERSE: tl.constexpr,
-):  # fmt: skip
+):
     """W_ts of one chunk, rows t and columns s: decays <= 1, masked before exp2.
 
     The part above the diagonal is times `scale`.
@@ -143,7 +143,7 @@ def _sweep(
     Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, REVERSE: tl.constexpr,
     WITHIN: tl.constexpr, BOTH: tl.constexpr, ADD: tl.constexpr, WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """One walk. REVERSE: from the end. WITHIN: with the chunk's own matrix, of both directions if
     BOTH. ADD: y already holds what the other walk gave."""
     row = (tl.program_id(0) // heads).to(tl.int64)
@@ -206,7 +206,7 @@ def _sweep(
             weights = chunk_weights(
                 incl, before, incl, before, q, q, scale, BOTH or (not REVERSE),
                 BOTH or REVERSE,
-            )  # fmt: skip
+            )
             if sequence_ptr is not None:
                 weights = tl.where(ids[:, None] == ids[None, :], weights, 0.0)
             cb = tl.load(cb_ptr + chunk * groups_QQ + cb_place).to(WIDE)
@@ -229,7 +229,7 @@ def _sweep(
 def _chunk_products(
     c_ptr, b_ptr, cb_ptr, c_b, c_l, c_g, b_b, b_l, b_g, length, chunks, groups, states,
     Q: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """C_t . B_s of all pairs of one chunk, for the heads of a group to share."""
     row = (tl.program_id(0) // chunks).to(tl.int64)
     chunk, group = tl.program_id(0) % chunks, tl.program_id(1).to(tl.int64)
@@ -239,11 +239,11 @@ def _chunk_products(
     c_QN = tl.load(
         c_ptr + row * c_b + group * c_g + t[:, None] * c_l + n[None, :],
         mask=t_in[:, None] & n_in[None, :], other=0.0,
-    )  # fmt: skip
+    )
     b_NQ = tl.load(
         b_ptr + row * b_b + group * b_g + t[None, :] * b_l + n[:, None],
         mask=n_in[:, None] & t_in[None, :], other=0.0,
-    )  # fmt: skip
+    )
     cb_QQ = tl.dot(c_QN, b_NQ, out_dtype=WIDE, input_precision=PRECISION)
     out = cb_ptr + (tl.program_id(0).to(tl.int64) * groups + group) * (Q * Q)
     tl.store(out + q[:, None] * Q + q[None, :], cb_QQ.to(cb_ptr.dtype.element_ty))
@@ -262,7 +262,7 @@ def chunk_products(c_BLGN: Tensor, b_BLGN: Tensor) -> Tensor:
             *b_BLGN.stride()[:3], length, chunks, groups, states, config=config, Q=CHUNK,
             BLOCK_N=max(16, triton.next_power_of_2(states)), WIDE=wide_type(c_BLGN),
             PRECISION=dot_precision(c_BLGN),
-        )  # fmt: skip
+        )
 
     PRODUCTS.run(c_BLGN, (groups, states), run)
     return cb
@@ -271,7 +271,7 @@ def chunk_products(c_BLGN: Tensor, b_BLGN: Tensor) -> Tensor:
 def steps_forward(
     dt_BLH: Tensor, a_H: Tensor, bias_H: Tensor | None, mask_BL: Tensor | None,
     softplus: bool, low: float, high: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """Step sizes [B, H, L'] and base-2 logarithms of the decays, summed from each chunk's start.
 
     L' is the length rounded up to whole chunks, with steps of 0; float32 (float64 for float64).
@@ -288,7 +288,7 @@ def steps_forward(
             _steps, grid, dt_BLH, bias_H, a_H, mask_BL, dt_BHL, incl_BHL, *dt_BLH.stride(),
             length, chunks, heads, low, high, config=config, Q=CHUNK, SOFTPLUS=softplus,
             WIDE=wide_type(dt_BLH),
-        )  # fmt: skip
+        )
 
     STEPS.run(dt_BLH, (heads, length), run)
     return dt_BHL, incl_BHL
@@ -298,7 +298,7 @@ def sweep_forward(
     x_BLHP: Tensor, dt_BHL: Tensor, incl_BHL: Tensor, b_BLGN: Tensor, c_BLGN: Tensor, cb: Tensor,
     d_H: Tensor | None, scale_H: Tensor | None, sequence_BL: Tensor | None,
     initial_BHPN: Tensor | None, direction: str, want_final: bool,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor, Tensor | None]:
     """y [B, L, H, P] in the dtype of x and the state after the last position, if wanted."""
     batch, length, heads, width = x_BLHP.shape
     groups, states = b_BLGN.shape[2:]
@@ -311,7 +311,7 @@ def sweep_forward(
     constants = {
         "Q": CHUNK, "BLOCK_N": max(16, triton.next_power_of_2(states)), "WIDE": wide_type(x_BLHP),
         "PRECISION": dot_precision(x_BLHP),
-    }  # fmt: skip
+    }
     both = direction == "bidirectional"
 
     def walk(config: Config, backward: bool) -> None:
@@ -323,7 +323,7 @@ def sweep_forward(
             _sweep, (batch * heads, -(-width // config.blocks["BLOCK_P"])),
             x_BLHP, dt_BHL, incl_BHL, b_BLGN, c_BLGN, cb, *tensors, *strides, *sizes, config=config,
             REVERSE=backward, WITHIN=not first, BOTH=both, ADD=both and not backward, **constants,
-        )  # fmt: skip
+        )
 
     def run(config: Config) -> None:
         config = narrow_heads(config, width)

@@ -58,7 +58,7 @@ def _head_gradients(
     length, chunks, heads, per_group, width, states,
     Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, FORWARD: tl.constexpr,
     REVERSE: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """Of one chunk and head: dx, and for each position its part of all other gradients.
 
     Matrices have rows s (inputs) and columns t (outputs). Sums over positions are left to
@@ -74,12 +74,12 @@ def _head_gradients(
     x = tl.load(
         x_ptr + row * x_b + start * x_l + head * x_h + q[:, None] * x_l + p[None, :],
         mask=tile_in, other=0.0,
-    )  # fmt: skip
+    )
     low = x.dtype
     dy = tl.load(
         dy_ptr + row * dy_b + start * dy_l + head * dy_h + q[:, None] * dy_l + p[None, :],
         mask=tile_in, other=0.0,
-    ).to(low)  # fmt: skip
+    ).to(low)
     first = (row * heads + head) * (chunks * Q) + chunk * Q
     dt, incl, before, total = chunk_decays(dt_ptr, incl_ptr, first, Q)
     scale = tl.full((), 1.0, WIDE)
@@ -123,7 +123,7 @@ def _head_gradients(
     c_QN = tl.load(
         c_ptr + row * c_b + group * c_g + start * c_l + q[:, None] * c_l + n[None, :],
         mask=map_in, other=0.0,
-    )  # fmt: skip
+    )
     if FORWARD:
         read = tl.exp2(incl)
         if sequence_ptr is not None:
@@ -147,7 +147,7 @@ def _head_gradients(
     b_QN = tl.load(
         b_ptr + row * b_b + group * b_g + start * b_l + q[:, None] * b_l + n[None, :],
         mask=map_in, other=0.0,
-    )  # fmt: skip
+    )
     if FORWARD:
         gain = tl.exp2(total - incl)
         if sequence_ptr is not None:
@@ -190,7 +190,7 @@ def _map_gradients(
     length, chunks, heads, per_group, width, states,
     Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, TARGET: tl.constexpr,
     FORWARD: tl.constexpr, REVERSE: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """dC (TARGET: u = dy, v = x, k = B, states that enter from the left and the right) or dB
     (u = x, v = dy, k = C, gradients by the states that leave to them) of one chunk and group."""
     row, chunk = (tl.program_id(0) // chunks).to(tl.int64), tl.program_id(0) % chunks
@@ -202,7 +202,7 @@ def _map_gradients(
     k_QN = tl.load(
         k_ptr + row * k_b + group * k_g + start * k_l + q[:, None] * k_l + n[None, :],
         mask=t_in[:, None] & n_in[None, :], other=0.0,
-    )  # fmt: skip
+    )
     sums = tl.zeros((Q, BLOCK_N), WIDE)
     if sequence_ptr is not None:
         sequence_ptr += row * length
@@ -219,11 +219,11 @@ def _map_gradients(
         u = tl.load(
             u_ptr + row * u_b + start * u_l + head * u_h + q[:, None] * u_l + p[None, :],
             mask=t_in[:, None] & p_in[None, :], other=0.0,
-        )  # fmt: skip
+        )
         v_PQ = tl.load(
             v_ptr + row * v_b + start * v_l + head * v_h + q[None, :] * v_l + p[:, None],
             mask=p_in[:, None] & t_in[None, :], other=0.0,
-        )  # fmt: skip
+        )
         low = k_QN.dtype
         decay_place = (row * heads + head) * (chunks * Q)
         dt, incl, before, total = chunk_decays(dt_ptr, incl_ptr, decay_place + chunk * Q, Q)
@@ -265,7 +265,7 @@ def _map_gradients(
 def launch_heads(
     inputs: ScanInputs, dy: Tensor, borders: tuple[Tensor | None, ...], parts: PositionParts,
     out: ScanGradients,
-) -> None:  # fmt: skip
+) -> None:
     x, b, c = inputs.x_BLHP, inputs.b_BLGN, inputs.c_BLGN
     heads = (inputs.d_H, inputs.scale_H, inputs.sequence_BL)
     dd = None if inputs.d_H is None else parts.d
@@ -280,7 +280,7 @@ def launch_heads(
             parts.excl if reverse else None, parts.over, dd, dscale, *strides(dy, x, b, c),
             *sizes(inputs), config=config, BLOCK_P=block, FORWARD=forward, REVERSE=reverse,
             **block_constants(inputs),
-        )  # fmt: skip
+        )
 
     HEADS.run(x, (forward, reverse, block), run)
 
@@ -288,7 +288,7 @@ def launch_heads(
 def launch_maps(
     inputs: ScanInputs, factors: tuple[Tensor, Tensor, Tensor], left: Tensor | None,
     right: Tensor | None, direction: str, out: Tensor, target: bool,
-) -> None:  # fmt: skip
+) -> None:
     x = inputs.x_BLHP
     decays = (inputs.dt_BHL, inputs.incl_BHL, inputs.scale_H, inputs.sequence_BL)
     block = max(16, triton.next_power_of_2(x.shape[3]))
@@ -302,6 +302,6 @@ def launch_maps(
             _map_gradients, grid, *factors, *decays, left, right, out, *strides(*factors),
             *sizes(inputs), config=config, BLOCK_P=block, TARGET=target,
             FORWARD=direction != "reverse", REVERSE=direction != "forward", **constants,
-        )  # fmt: skip
+        )
 
     MAPS.run(x, (direction, target, block), run)

@@ -81,7 +81,7 @@ def block_constants(inputs: ScanInputs) -> dict:
     return {
         "Q": CHUNK, "BLOCK_N": max(16, triton.next_power_of_2(states)), "WIDE": wide_type(x),
         "PRECISION": dot_precision(x),
-    }  # fmt: skip
+    }
 
 
 def strides(*tensors: Tensor) -> tuple[int, ...]:

@@ -31,7 +31,7 @@ def _states(
     length, chunks, heads, per_group, width, states,
     Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, REVERSE: tl.constexpr,
     GRADIENT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """The state that enters each chunk [B, C, H, N, P], walking from the start or from the end.
 
     GRADIENT False: of the scan in this direction (u = x, k = B). True: the gradient by the states
@@ -102,7 +102,7 @@ def _states(
 def border_states(
     inputs: ScanInputs, dy: Tensor, reverse: bool, initial: Tensor | None, dfinal: Tensor | None,
     dinitial: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     """Of one scan: states entering each chunk, gradients by those leaving, and what decays carry.
 
     The first two are [B, C, H, N, P] in the dtype of x, the last is [B, C, H].
@@ -126,14 +126,14 @@ def border_states(
             _states, grid, x, b, *decays, None, sequence, initial, None, entering, None, None,
             *strides, *sizes(inputs), config=config, REVERSE=reverse, GRADIENT=False,
             **block_constants(inputs),
-        )  # fmt: skip
+        )
         strides = (*dy.stride()[:3], *c.stride()[:3])
         part = carried.view(-1)[: carried.numel() // most * programs]
         launch(
             _states, grid, dy, c, *decays, scale if reverse else None, sequence, dfinal, entering,
             leaving, dinitial, part, *strides, *sizes(inputs), config=config,
             REVERSE=not reverse, GRADIENT=True, **block_constants(inputs),
-        )  # fmt: skip
+        )
         used.append(programs)
 
     used: list[int] = []

@@ -22,7 +22,7 @@ def _step(
     x_ptr, raw_ptr, a_ptr, b_ptr, c_ptr, d_ptr, bias_ptr, mask_ptr, state_ptr, y_ptr, out_ptr,
     x_b, x_h, dt_b, dt_h, b_b, b_g, c_b, c_g, heads, per_group, width, states, low, high,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, SOFTPLUS: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
+):
     row = (tl.program_id(0) // heads).to(tl.int64)
     head = (tl.program_id(0) % heads).to(tl.int64)
     group = head // per_group
@@ -55,7 +55,7 @@ def step_forward(
     x_BHP: Tensor, raw_BH: Tensor, a_H: Tensor, b_BGN: Tensor, c_BGN: Tensor, state_BHPN: Tensor,
     d_H: Tensor | None, bias_H: Tensor | None, mask_B: Tensor | None, softplus: bool, low: float,
     high: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """y [B, H, P] in the dtype of x and the new state in that of the old one."""
     batch, heads, width = x_BHP.shape
     groups, states = b_BGN.shape[1:]
@@ -71,7 +71,7 @@ def step_forward(
             d_H, bias_H, mask_B, state_BHPN, y_BHP, out_BHPN, *strides, heads, heads // groups,
             width, states, low, high, config=config, BLOCK_N=block, SOFTPLUS=softplus,
             WIDE=wide_type(state_BHPN),
-        )  # fmt: skip
+        )
 
     STEP.run(x_BHP, (width, states), run)
     return y_BHP, out_BHPN
@@ -89,7 +89,7 @@ def ssd_step(
     x_BHP: Tensor, dt_BH: Tensor, a_H: Tensor, b_BGN: Tensor, c_BGN: Tensor, state_BHPN: Tensor, *,
     d_H: Tensor | None = None, dt_bias_H: Tensor | None = None, dt_softplus: bool = False,
     dt_limits: tuple[float, float] = (0.0, math.inf), mask_B: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """As `tess.kernels.ssd.ssd_step`; without gradients, as decoding has none."""
     per_head = (d_H, dt_bias_H)
     d, bias = (None if tensor is None else tensor.contiguous() for tensor in per_head)
@@ -97,7 +97,7 @@ def ssd_step(
     return _step_op(
         x_BHP, dt_BH, a_H.contiguous(), b_BGN, c_BGN, state_BHPN, d, bias, mask, dt_softplus,
         *kernel_limits(dt_limits),
-    )  # fmt: skip
+    )
 
 
 def cases(make: Callable[..., Tensor]) -> Iterator[tuple[str, bool, Callable[[], object]]]:

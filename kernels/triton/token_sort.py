@@ -51,7 +51,7 @@ def _count(expert, valid, BLOCK_E: tl.constexpr):
 def _sort_block(
     ids_ptr, order_ptr, ends_ptr, pairs, experts,
     PAIRS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_E: tl.constexpr,
-):  # fmt: skip
+):
     """Everything in one program, for as many pairs as one block holds."""
     here, index = tl.arange(0, PAIRS), tl.arange(0, BLOCK_E)
     valid = here < pairs
@@ -65,7 +65,7 @@ def _sort_block(
 def _rank_pairs(
     ids_ptr, rank_ptr, count_ptr, pairs, experts, blocks,
     PAIRS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_E: tl.constexpr,
-):  # fmt: skip
+):
     """Each pair's rank among those of its block and expert, and how many of each the block has."""
     block = tl.program_id(0).to(tl.int64)
     here, index = block * PAIRS + tl.arange(0, PAIRS), tl.arange(0, BLOCK_E)
@@ -117,7 +117,7 @@ def _scatter_pairs(
 def _row_tiles(
     ends_ptr, tiles_ptr, experts, bound,
     BLOCK_M: tl.constexpr, CHUNK: tl.constexpr, BLOCK_E: tl.constexpr,
-):  # fmt: skip
+):
     """One expert's tiles: expert, first row, row after the last. The program after the last expert
     marks what is left of the upper bound with an expert that does not exist."""
     own, index = tl.program_id(0), tl.arange(0, BLOCK_E)

@@ -31,7 +31,7 @@ def _weight_gradient(
     left_ptr, right_ptr, order_ptr, ends_ptr, out_ptr, left_stride, right_stride, tall, wide,
     TOP_K: tl.constexpr, GATHER_LEFT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, GROUP: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """left^T right over the rows of one expert; one of the two is gathered by token."""
     expert = tl.program_id(1).to(tl.int64)
     row_tile, column_tile = place(tl.cdiv(tall, BLOCK_M), tl.cdiv(wide, BLOCK_N), GROUP)
@@ -49,11 +49,11 @@ def _weight_gradient(
         left = tl.load(
             left_ptr + row[:, None] + from_left[None, :] * left_stride,
             mask=(row < tall)[:, None] & valid[None, :], other=0.0,
-        )  # fmt: skip
+        )
         right = tl.load(
             right_ptr + from_right[:, None] * right_stride + column[None, :],
             mask=valid[:, None] & (column < wide)[None, :], other=0.0,
-        )  # fmt: skip
+        )
         total = tl.dot(left, right, total, input_precision=PRECISION, out_dtype=WIDE)
     inside = (row < tall)[:, None] & (column < wide)[None, :]
     out = out_ptr + expert * tall * wide + row[:, None] * wide + column[None, :]
@@ -73,7 +73,7 @@ def weight_gradient(
     constants = {
         "TOP_K": pairs.top_k, "GATHER_LEFT": gather_left, "WIDE": wide_type(left),
         "PRECISION": dot_precision(left),
-    }  # fmt: skip
+    }
 
     def run(config: Config) -> None:
         blocks = config.blocks
@@ -81,7 +81,7 @@ def weight_gradient(
         launch(
             _weight_gradient, (tiles, experts), left, right, pairs.order_N, pairs.ends_E, out_EIJ,
             left.stride(0), right.stride(0), tall, wide, config=config, **constants,
-        )  # fmt: skip
+        )
 
     chosen = WEIGHT_GRADIENT if left.element_size() == 2 else WEIGHT_GRADIENT_WIDE
     chosen.run(left, key(pairs, out_EIJ), run)

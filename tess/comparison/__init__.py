@@ -1,0 +1,16 @@
+"""Decoders trained alike and compared, from a recipe to a report; `run.compare` is the door.
+
+run           plan, train, write, time, report
+recipe        what a recipe may say
+rows          training and test rows, and the facts about them
+arms          the trainings of both arms, and whether they are alike
+distillation  the teacher's texts for a distilled arm
+systems       a decoder of the comparison, and its texts
+timing        latency, throughput and peak memory, in turns
+scores        quality with intervals and tests
+results       the report as data
+page          the report as Markdown
+plots         the report as figures
+overview      several reports in one table and figure
+progress      how far the whole comparison is
+"""

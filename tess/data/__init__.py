@@ -1,0 +1,9 @@
+"""Rows of text pairs: where they come from, and how they become the batches of a training.
+
+settings    where the rows of a training come from, as settings
+rows        local files of text pairs or raw text, checked row by row
+texts       the texts of a run: cleaned, kept apart from the evaluation rows
+token_rows  texts as token ids, in an order that a restart keeps
+collators   token rows as the batch of a training objective
+tasks/      the named tasks and their datasets
+"""

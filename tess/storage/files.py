@@ -1,0 +1,88 @@
+"""Files and folders that are written whole or not at all."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from tess.errors import UserError
+
+
+def prepare_output_dir(path: str | Path) -> Path:
+    """Make the folder before the long run, so that an impossible one fails at once."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write to output folder {str(folder)!r}: {error}") from error
+    return folder
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write UTF-8 text through a temporary file in the same folder and `os.replace`."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # gone already unless something failed
+
+
+@contextmanager
+def replaced_folder(final: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `final` when the block ends without an error.
+
+    Until then whatever was in `final` stays as it is; after an error the temporary folder is gone.
+    What an earlier process, killed in mid-replacement, had moved aside is put back first.
+
+    Raises:
+        UserError: when the disk refuses (full, read-only).
+    """
+    _put_back(final.parent / ".saving")
+    temporary = final.parent / ".saving" / final.name
+    old = final.parent / ".saving" / f"{final.name}.old"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        shutil.rmtree(old, ignore_errors=True)
+        if final.exists():
+            final.rename(old)
+        temporary.rename(final)
+    except BaseException as error:
+        if old.exists() and not final.exists():
+            old.rename(final)
+        if _is_disk_error(error):
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"could not save {final} ({reason}); earlier checkpoints are untouched"
+            ) from error
+        raise
+    finally:
+        shutil.rmtree(final.parent / ".saving", ignore_errors=True)
+
+
+def _put_back(saving: Path) -> None:
+    for old in saving.glob("*.old"):
+        home = saving.parent / old.name.removesuffix(".old")
+        if not home.exists():
+            old.rename(home)
+
+
+def _is_disk_error(error: BaseException) -> bool:
+    # torch.save reports a failed write as a RuntimeError of its zip writer, safetensors by a class
+    # of its own.
+    zip_writer = isinstance(error, RuntimeError) and any(
+        words in str(error)
+        for words in ("PytorchStreamWriter", "inline_container", "No space left")
+    )
+    return isinstance(error, OSError | SafetensorError) or zip_writer

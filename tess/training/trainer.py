@@ -1,0 +1,254 @@
+"""transformers' Trainer for our two objectives: what is overridden, and nothing else.
+
+Overridden: the loss, the order of the rows, checkpoints (whole or not at all, loadable by
+scripts/generate.py), and evaluation (its own fixed random numbers, and the averaged weights if
+there are any).
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Sampler
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import rotate_checkpoints
+
+from tess.backbones.feedforward import balance_routers
+from tess.data.token_rows import BucketSampler
+from tess.errors import UserError
+from tess.schedulers.density import LearnedDensity
+from tess.storage.files import replaced_folder
+from tess.storage.parts import Parts, load_parts, save_parts
+from tess.training.sharding import full_state, is_sharded, load_full_state, shard, whole_copy
+
+AVERAGE_FILE = "average.safetensors"
+DENSITY_FILE = "timestep_density.safetensors"
+TRAINER_STATE_FILE = "trainer_state.json"
+
+
+class WeightAverage:
+    """Exponential moving average of a model's parameters, in their own precision.
+
+    The decay starts low, min(decay, (1 + n) / (10 + n)) after n updates, so that the random start
+    is forgotten.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.tensors = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, num_updates: int) -> None:
+        decay = min(self.decay, (1 + num_updates) / (10 + num_updates))
+        for name, parameter in model.named_parameters():
+            self.tensors[name].lerp_(parameter.detach(), 1 - decay)
+
+    @contextmanager
+    @torch.no_grad()
+    def swapped_into(self, model: nn.Module) -> Iterator[None]:
+        """The model has the averaged weights inside the block."""
+        parameters = dict(model.named_parameters())
+        own = {name: p.detach().clone() for name, p in parameters.items()}
+        for name, parameter in parameters.items():
+            parameter.copy_(self.tensors[name])
+        try:
+            yield
+        finally:
+            for name, parameter in parameters.items():
+                parameter.copy_(own[name])
+
+
+class AfterUpdate(TrainerCallback):
+    """Balances the experts and moves the average, after each optimizer step."""
+
+    def __init__(self, trainer: "TextTrainer", balance_rate: float) -> None:
+        self.trainer = trainer
+        self.balance_rate = balance_rate
+
+    def on_optimizer_step(self, args, state, control, **kwargs) -> None:
+        model = self.trainer.model
+        if self.balance_rate:
+            balance_routers(model, self.balance_rate)
+        if self.trainer.average is not None:
+            self.trainer.average.update(model, state.global_step)
+
+
+class EpochOfSampler(TrainerCallback):
+    """Tells the sampler which epoch begins; a restart in mid-epoch begins the same one again."""
+
+    def __init__(self, sampler: BucketSampler) -> None:
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args, state, control, **kwargs) -> None:
+        self.sampler.set_epoch(int(state.epoch or 0))
+
+
+class TextTrainer(Trainer):
+    """See the module's docstring.
+
+    Args:
+        parts: model, tokenizer and scheduler; the model is trained in place.
+        loss_function: (model, batch) -> scalar.
+        train_sampler: the order of the training rows.
+        ema_decay: of the weights' moving average; 0 for none.
+        balance_rate: step of the experts' balancing bias; 0 for none.
+        density: the learned density of times that the loss function uses, to be saved with the run.
+        kwargs: Trainer's.
+    """
+
+    def __init__(
+        self,
+        *,
+        parts: Parts,
+        loss_function: Callable[[nn.Module, dict[str, Tensor]], Tensor],
+        train_sampler: BucketSampler,
+        ema_decay: float = 0.0,
+        balance_rate: float = 0.0,
+        density: LearnedDensity | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(model=parts.model, **kwargs)
+        self.parts = parts
+        self.loss_function = loss_function
+        self.train_sampler = train_sampler
+        self.average = WeightAverage(self.model, ema_decay) if ema_decay else None
+        self.density = density
+        # The loss is a mean over the micro-batch, so Trainer divides it by their number.
+        self.loss_is_scaled_for_ga = False
+        self._run_dir: str | None = None
+        if self.is_fsdp_enabled:
+            self._check_sharded()
+        self.add_callback(AfterUpdate(self, balance_rate))
+        self.add_callback(EpochOfSampler(train_sampler))
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
+        return self.train_sampler
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        **kwargs: Any,
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        # Accelerate puts autocast around the model's forward only, and the source is encoded
+        # outside it.
+        with self.accelerator.autocast():
+            loss = self.loss_function(model, inputs)
+        return (loss, {}) if return_outputs else loss
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, None, None]:
+        with torch.no_grad():
+            loss = self.compute_loss(model, self._prepare_inputs(inputs))
+        return loss.detach(), None, None
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As Trainer's, with the averaged weights, and with the same noise every time.
+
+        Training goes on as if there had been no evaluation.
+        """
+        cuda = [self.args.device] if self.args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=cuda), self.averaged_weights():
+            torch.manual_seed(self.args.seed)
+            return super().evaluate(*args, **kwargs)
+
+    def averaged_weights(self) -> Any:
+        """Context in which the model has the weights that are evaluated and shipped."""
+        return nullcontext() if self.average is None else self.average.swapped_into(self.model)
+
+    # FSDP
+
+    def _check_sharded(self) -> None:
+        version = self.accelerator.state.fsdp_plugin.fsdp_version
+        if version != 2:
+            raise UserError(f"FSDP is supported in its version 2, got fsdp_version {version}")
+        if self.average is not None:
+            raise UserError("ema_decay has no form for sharded weights yet; train with DDP, or 0")
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        # Accelerate leaves a model alone that is sharded already. Its own units would be wrong: it
+        # makes the embedding one, whose matrix we read outside of that module.
+        if self.is_fsdp_enabled and not is_sharded(self.model):
+            shard(self.model, self.args.device)
+        return super().create_optimizer(*args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if not is_sharded(self.model):
+            super().save_model(output_dir, _internal_call)
+            return
+        self._save(output_dir, full_state(self.model))
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """0: transformers' estimate, 6 x parameters x tokens, is wrong for experts."""
+        return 0
+
+    # Checkpoints
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._run_dir or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        final = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        main = self.is_world_process_zero()
+        # All processes write into the folder that the main one makes, and it is renamed when all
+        # have.
+        shared = nullcontext(final.parent / ".saving" / final.name)
+        with replaced_folder(final) if main else shared as temporary:
+            self.accelerator.wait_for_everyone()
+            self._run_dir = str(temporary.parent)
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._run_dir = None
+            if self.state.best_model_checkpoint == str(temporary):
+                self.state.best_model_checkpoint = str(final)
+                if main:
+                    self.state.save_to_json(str(temporary / TRAINER_STATE_FILE))
+            self.accelerator.wait_for_everyone()
+        if main:
+            self._rotate()
+
+    def _rotate(self) -> None:
+        rotate_checkpoints(
+            output_dir=self.args.output_dir,
+            save_total_limit=self.args.save_total_limit,
+            best_model_checkpoint=self.state.best_model_checkpoint,
+            use_mtime=False,
+        )
+
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None
+    ) -> None:
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        parts = self.parts
+        if is_sharded(self.model):
+            parts = dataclasses.replace(parts, model=whole_copy(self.model, state_dict))
+        save_parts(parts, folder)
+        if self.average is not None:
+            save_file(self.average.tensors, folder / AVERAGE_FILE)
+        if self.density is not None:
+            save_file({"losses": self.density.losses}, folder / DENSITY_FILE)
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        loaded = load_parts(resume_from_checkpoint)
+        load_full_state(self.model, loaded.model.state_dict())
+        if self.average is not None:
+            tensors = load_file(Path(resume_from_checkpoint) / AVERAGE_FILE)
+            for name, tensor in self.average.tensors.items():
+                tensor.copy_(tensors[name])
+        if self.density is not None:
+            self.density.load(load_file(Path(resume_from_checkpoint) / DENSITY_FILE)["losses"])
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)

@@ -46,6 +46,7 @@ ROOMS = {
 }
 BELOW = {"cli", *ROOMS}
 ROOMS |= {"comparison": BELOW, "benchmarks": BELOW}
+ROOMS |= {"commands": set(ROOMS)}  # and nobody imports them but scripts/
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
@@ -202,6 +203,7 @@ def test_every_room_is_in_the_table():
         ("evaluation", "tess.decoders.load"),
         ("comparison", "tess.benchmarks.turns"),
         ("benchmarks", "tess.comparison.run"),
+        ("commands", "tess.nothing"),
     ],
 )
 def test_a_wrong_import_of_a_room_is_seen(room, module):

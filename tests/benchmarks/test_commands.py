@@ -2,11 +2,11 @@
 
 import json
 import re
-import runpy
 from pathlib import Path
 
 import pytest
 
+from tess.commands.benchmark import main
 from tess.errors import UserError
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "benchmark.py"
@@ -14,7 +14,7 @@ SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "benchmark.py"
 
 def script(*arguments):
     """Call the script's main in this process."""
-    runpy.run_path(str(SCRIPT))["main"]([str(argument) for argument in arguments])
+    main([str(argument) for argument in arguments])
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ def test_a_wrong_request_is_one_sentence(tmp_path):
     with pytest.raises(UserError, match="--rows must be from 1 to the 200 packaged"):
         script("decoding", "--rows", 201)
     with pytest.raises(UserError, match="has no decoder .ar.mtp."):
-        script("decoding", "--checkpoint", SCRIPT.parents[2] / "checkpoints" / "default" / "tess")
+        script("decoding", "--checkpoint", SCRIPT.parents[1] / "checkpoints" / "default" / "tess")
     with pytest.raises(UserError, match="there is no folder"):
         script("loading", "--json", tmp_path / "no" / "x.json")
 

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import re
-import runpy
 import subprocess
 import sys
 from inspect import signature
@@ -26,6 +25,7 @@ from tess.benchmarks.gpu.cases import Maker, evaluate, scan_case  # noqa: E402
 from tess.benchmarks.gpu.clock import Clock, as_gpu, summarize  # noqa: E402
 from tess.benchmarks.gpu.peers import PACKAGES, Absent, Contender, load  # noqa: E402
 from tess.benchmarks.gpu.run import Options  # noqa: E402
+from tess.commands.benchmark import main, make_parser
 from tess.costs.roofline import Cost, Gpu  # noqa: E402
 from tess.errors import UserError  # noqa: E402
 from tess.kernels import conv, cross_entropy, head, norms  # noqa: E402
@@ -42,7 +42,7 @@ needs_interpreter = pytest.mark.skipif(
 
 def script(*arguments):
     """Call the script's main in this process; its status."""
-    return runpy.run_path(str(SCRIPT))["main"]([str(argument) for argument in arguments])
+    return main([str(argument) for argument in arguments])
 
 
 def keys_of(value):
@@ -402,6 +402,6 @@ def test_the_bidirectional_case_differs_from_two_passes_by_the_token_counted_twi
 
 
 def test_options_have_the_defaults_of_the_command():
-    args = runpy.run_path(str(SCRIPT))["make_parser"]().parse_args(["gpu"])
+    args = make_parser().parse_args(["gpu"])
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in vars(args).items()}
     assert Options(**{name: given[name] for name in vars(Options())}) == Options()

@@ -3,20 +3,18 @@
 import dataclasses
 import json
 import re
-import runpy
-from pathlib import Path
 
 import pytest
 
 from tess.backbones.causal_lm import HybridForCausalLM
 from tess.backbones.config import HybridConfig
 from tess.backbones.presets import PRESETS, preset_config
+from tess.commands import generate, info
 from tess.config import TessConfig
 from tess.costs.model_info import describe
 from tess.costs.roofline import GPUS, Workload, roofline
 from tess.errors import UserError
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 TINY = {
     "vocab_size": 31, "hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1,
     "head_dim": 8, "intermediate_size": 24, "ssm_state_size": 4, "mamba_num_heads": 2,
@@ -44,8 +42,8 @@ RELEASED = """{
 
 
 def script(name, arguments):
-    """Call a script's main in this process."""
-    runpy.run_path(str(SCRIPTS / f"{name}.py"))["main"](arguments)
+    """Call a command's main in this process."""
+    {"model_info": info, "generate": generate}[name].main(arguments)
 
 
 def words_of_help(name, capsys):

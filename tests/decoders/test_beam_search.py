@@ -2,10 +2,7 @@
 
 import itertools
 import json
-import runpy
-import sys
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +10,7 @@ import torch
 from tess.backbones.cache import HybridCache
 from tess.backbones.causal_lm import HybridForCausalLM
 from tess.backbones.config import HybridConfig
+from tess.commands import evaluate, generate
 from tess.config import TessConfig
 from tess.decoders.autoregressive import ArDecoder
 from tess.decoders.beam_search import BeamDecoder
@@ -23,7 +21,6 @@ from tess.schedulers.renoising import RenoisingScheduler
 from tess.storage.parts import Parts, save_parts
 from tess.text.tokenization import train_tokenizer
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
 TEXTS = ["a cat", "the dog ran after the cat and the cat ran", "naïve 東京", "a cat sat", "b"]
 LONGEST = 9
 EOS = 2
@@ -244,20 +241,16 @@ def test_sampling_is_refused_with_beams(folder):
         load_decoder(folder, "ar", num_beams=2).generate(TEXTS[:1], top_p=0.9)
 
 
-def run(monkeypatch, name, *flags):
-    monkeypatch.setattr(sys, "argv", [name, *map(str, flags)])
-    runpy.run_path(str(SCRIPTS / name))["main"](list(map(str, flags)))
-
-
-def test_the_flags_reach_the_search_and_the_report(folder, tmp_path, monkeypatch, capsys):
+def test_the_flags_reach_the_search_and_the_report(folder, tmp_path, capsys):
     flags = ("--checkpoint", folder, "--decoder", "ar", "--num_beams", 4, "--length_penalty", 0.0)
     want = BeamDecoder(parts(), 4, 0.0).generate(TEXTS)
-    run(monkeypatch, "generate.py", *TEXTS, *flags, "--json")
+    generate.main([*TEXTS, *map(str, flags), "--json"])
     results = json.loads(capsys.readouterr().out)["results"]
     assert [(r["text"], r["nfe"]) for r in results] == [(g.text, g.nfe) for g in want]
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"source": t, "target": "a"}) + "\n" for t in TEXTS))
-    run(monkeypatch, "evaluate.py", "--data", rows, *flags, "--output_dir", tmp_path / "out")
+    out = ("--output_dir", tmp_path / "out")
+    evaluate.main(list(map(str, ("--data", rows, *flags, *out))))
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert (report["num_beams"], report["length_penalty"]) == (4, 0.0)
     assert report["nfe_mean"] == sum(g.nfe for g in want) / len(want)

@@ -1,6 +1,5 @@
 """Draft and verify: the text is that of greedy search whatever is drafted, and counts are right."""
 
-import runpy
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,7 @@ from transformers import LogitsProcessor, StoppingCriteria
 from tess.backbones.causal_lm import HybridForCausalLM
 from tess.backbones.config import HybridConfig
 from tess.benchmarks.drafting import benchmark_drafting, format_drafting
+from tess.commands.generate import main
 from tess.config import TessConfig
 from tess.decoders.drafts import DiffusionDrafts, aligned_rest
 from tess.decoders.load import load_decoder
@@ -361,7 +361,6 @@ def test_defaults_and_the_command_line(checkpoints, capsys):
     sizes = [load_decoder(checkpoints, name).num_parameters for name in ("tess", "ar")]
     assert decoder.num_parameters == sum(sizes)
     assert load_decoder(checkpoints).name == "tess"
-    main = runpy.run_path(str(ROOT / "scripts" / "generate.py"))["main"]
     shown = []
     for name in ("ar", "tess+ar"):
         main(["a cat", "--checkpoint", str(checkpoints), "--decoder", name])

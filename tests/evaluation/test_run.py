@@ -1,6 +1,5 @@
 """Evaluation with a decoder of a few lines, and the script as a user runs it."""
 
-import importlib.util
 import json
 import math
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tess.cli import run
+from tess.commands import evaluate as command
 from tess.data.rows import Example
 from tess.errors import UserError
 from tess.evaluation.page import markdown, summary
@@ -74,12 +74,9 @@ class FirstWords:
 @pytest.fixture
 def script(monkeypatch):
     """scripts/evaluate.py as a module, with the decoder above for every checkpoint."""
-    spec = importlib.util.spec_from_file_location("evaluate_script", ROOT / "scripts/evaluate.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.decoder = FirstWords()
-    monkeypatch.setattr(module, "load_decoder", lambda *_, **options: module.decoder)
-    return module
+    monkeypatch.setattr(command, "decoder", FirstWords(), raising=False)
+    monkeypatch.setattr(command, "load_decoder", lambda *_, **options: command.decoder)
+    return command
 
 
 def test_report_has_the_documented_keys_and_both_columns():
@@ -324,7 +321,7 @@ def test_an_older_report_survives_a_disk_that_fills_up(tmp_path, monkeypatch):
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("tess.evaluation.run.os.fsync", full)
+    monkeypatch.setattr("tess.storage.files.os.fsync", full)
     got.report["seed"] = 99
     with pytest.raises(OSError, match="No space left"):
         write_report(got, tmp_path)

@@ -1,7 +1,6 @@
 """A causal checkpoint becomes a pipeline and comes back, and loses nothing on the way."""
 
 import json
-import runpy
 import shutil
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from tess.backbones.cache import HybridCache
 from tess.backbones.causal_lm import HybridForCausalLM
 from tess.backbones.config import HybridConfig
 from tess.backbones.released import load_released, save_released
+from tess.commands.convert import main
 from tess.decoders.load import load_decoder
 from tess.errors import UserError
 from tess.storage.conversion import causal_to_tess, tess_to_causal
@@ -30,7 +30,7 @@ OPTIONS = {
 
 
 def script(*arguments):
-    runpy.run_path(str(SCRIPT))["main"]([str(argument) for argument in arguments])
+    main([str(argument) for argument in arguments])
 
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

@@ -1,0 +1,271 @@
+"""Write a text for each source: scripts/generate.py [TEXT ...] [--input FILE] [--flag value ...]
+
+Prints the texts, the number of network evaluations (NFE) and the time. Without --checkpoint the
+shipped one is used.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from tess.cli import default_checkpoint, run
+from tess.decoders.base import DECODERS, Decoder, Generation
+from tess.decoders.diffusion import TessDecoder
+from tess.decoders.load import load_decoder
+from tess.decoders.options import add_sampler_flags, sampler_options
+from tess.errors import UserError
+from tess.sampling.control import template_tokens
+from tess.storage.files import write_atomically
+from tess.trace.live import LiveDenoising
+from tess.trace.page import trace_page
+
+JSON_KEYS = """\
+--json prints one object; its keys are stable:
+  decoder              "tess", "ar", "ar+mtp" or "tess+ar"
+  checkpoint           the folder that was asked for
+  num_parameters       of the model
+  num_inference_steps, gen_length, seed, top_p, temperature
+                       as given, or the flag's default; null leaves it to the decoder
+  load_seconds         wall-clock time of loading the checkpoint
+  generate_seconds     wall-clock time of writing all texts
+  results              a list with an object per source, in order:
+      source           the source
+      text             the text
+      num_new_tokens   tokens of the text, </s> included
+      nfe              network evaluations over the target
+      num_drafted, num_accepted
+                       tokens drafted, and those of them in the text (ar+mtp, tess+ar; else 0)
+"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The flags; names are stable."""
+    parser = argparse.ArgumentParser(
+        prog="scripts/generate.py",
+        description=__doc__,
+        epilog=JSON_KEYS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("texts", nargs="*", metavar="TEXT", help="source texts")
+    parser.add_argument(
+        "--input", type=Path, metavar="FILE", help="a file with one source per line; - reads stdin"
+    )
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="DIR",
+        help="a checkpoint folder (default: the shipped one)",
+    )
+    parser.add_argument(
+        "--decoder", choices=DECODERS, help="default: tess where the checkpoint has it"
+    )
+    parser.add_argument(
+        "--num_draft_tokens", type=int, metavar="N", help="drafted at a time by ar+mtp (default 3)"
+    )
+    parser.add_argument(
+        "--num_beams", type=int, metavar="N", help="beams of ar (default 1, greedy search)"
+    )
+    parser.add_argument(
+        "--length_penalty",
+        type=float,
+        metavar="A",
+        help="of --num_beams: a text's score is log p / tokens^A (default 1)",
+    )
+    parser.add_argument(
+        "--num_inference_steps",
+        type=int,
+        metavar="N",
+        help="sampling steps of tess (default 16; 1 for tess+ar)",
+    )
+    parser.add_argument(
+        "--gen_length",
+        type=int,
+        metavar="N",
+        help="most new tokens (default: by the source's length)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="same seed, same text (default 0)"
+    )
+    parser.add_argument(
+        "--top_p",
+        type=float,
+        metavar="P",
+        help="sample from this mass (default: the likeliest token)",
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=1.0, metavar="T", help="with --top_p (default 1)"
+    )
+    parser.add_argument(
+        "--batch_size", type=int, default=8, metavar="N", help="texts at once (default 8)"
+    )
+    parser.add_argument(
+        "--strict", action="store_true", help="refuse a too long text instead of cutting it"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object, see below")
+    parser.add_argument(
+        "--template",
+        metavar="TEXT",
+        help='a text with blanks for tess to fill, as "The {4} museum.": {n} is n tokens',
+    )
+    parser.add_argument(
+        "--trace", type=Path, metavar="FILE", help="also write a page of every step of tess (HTML)"
+    )
+    parser.add_argument(
+        "--live", action="store_true", help="show the text of tess while it is being denoised"
+    )
+    add_sampler_flags(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = make_parser().parse_args(argv)
+    texts = args.texts + (read_lines(args.input) if args.input else [])
+    if not texts:
+        raise UserError("give a text, or a file of texts with --input")
+    for text in texts:
+        if not text.strip():
+            raise UserError("expected a text, got an empty one (or only white space)")
+    checkpoint = args.checkpoint or default_checkpoint()
+    options = {
+        name: getattr(args, name)
+        for name in ("num_inference_steps", "gen_length", "seed", "top_p", "temperature")
+    }
+    if args.trace is not None and not args.trace.resolve().parent.is_dir():
+        raise UserError(f"--trace {args.trace}: there is no folder {args.trace.resolve().parent}")
+    if args.trace is not None and args.trace.is_dir():
+        raise UserError(f"--trace {args.trace} is a folder; expected the name of a file")
+    sampler = sampler_options(args)
+    start = time.perf_counter()
+    decoder = load_decoder(
+        checkpoint,
+        args.decoder,
+        num_draft_tokens=args.num_draft_tokens,
+        options=sampler,
+        num_beams=args.num_beams,
+        length_penalty=args.length_penalty,
+    )
+    loaded = time.perf_counter()
+    if args.trace is not None or args.live or args.template is not None:
+        results = write_one_batch(decoder, texts, args, options)
+    else:
+        results = decoder.generate(texts, batch_size=args.batch_size, strict=args.strict, **options)
+    seconds = {"load_seconds": loaded - start, "generate_seconds": time.perf_counter() - loaded}
+    head = {
+        "decoder": decoder.name,
+        "checkpoint": str(checkpoint),
+        "num_parameters": decoder.num_parameters,
+    }
+    if args.json:
+        print(
+            json.dumps(
+                {**head, **options, **seconds, "results": as_rows(texts, results)},
+                ensure_ascii=False,
+                indent=2,
+            )
+        )
+    else:
+        print_texts(results, head, seconds)
+    return 0
+
+
+def write_one_batch(
+    decoder: Decoder, texts: list[str], args: argparse.Namespace, options: dict[str, Any]
+) -> list[Generation]:
+    """What needs every step, or a canvas with given tokens: all texts at once.
+
+    Raises:
+        UserError: for a decoder other than tess.
+    """
+    if not isinstance(decoder, TessDecoder):
+        raise UserError(
+            f"--trace, --live and --template belong to the tess decoder, and this one is "
+            f"{decoder.name}"
+        )
+    fixed = None
+    if args.template is not None:
+        fixed = template_tokens(decoder.tokenizer, args.template).repeat(len(texts), 1)
+    view = LiveDenoising(decoder.tokenizer, sys.stderr) if args.live else None
+    with view if view is not None else nullcontext():
+        results, out = decoder.trace(
+            texts,
+            strict=args.strict,
+            fixed_tokens=fixed,
+            on_trace=None if view is None else view.update,
+            **options,
+        )
+    if args.trace is not None:
+        count = decoder.num_candidates
+        steps = options["num_inference_steps"] or decoder.default_num_inference_steps
+        settings = {**options, "scheduler": decoder.scheduler_name, "num_inference_steps": steps}
+        page = trace_page(
+            out.trace,
+            decoder.tokenizer,
+            [text for text in texts for _ in range(count)],
+            None,
+            settings,
+            lengths=[length for length in out.lengths for _ in range(count)],
+            nfe=out.nfe if count == 1 else [n for each in out.candidates.nfe for n in each],
+        )
+        write_atomically(args.trace, page)
+        print(f"wrote {args.trace}", file=sys.stderr)
+    return results
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a file that are not blank.
+
+    Raises:
+        UserError: no such file, not UTF-8, or no text in it.
+    """
+    try:
+        content = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise UserError(f"there is no file {str(path)!r}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: expected UTF-8 text, found other bytes") from error
+    lines = [line for line in content.split("\n") if line.strip()]
+    if not lines:
+        raise UserError(f"{path}: expected at least one text, found none")
+    return lines
+
+
+def as_rows(texts: list[str], results: list[Generation]) -> list[dict[str, Any]]:
+    return [
+        {
+            "source": text,
+            "text": result.text,
+            "num_new_tokens": result.num_new_tokens,
+            "nfe": result.nfe,
+            "num_drafted": result.num_drafted,
+            "num_accepted": result.num_accepted,
+        }
+        for text, result in zip(texts, results, strict=True)
+    ]
+
+
+def print_texts(results: list[Generation], head: dict[str, Any], seconds: dict[str, float]) -> None:
+    for result in results:
+        print(result.text)
+    evaluations = [result.nfe for result in results]
+    tokens = sum(result.num_new_tokens for result in results)
+    most = max(evaluations)
+    mean = sum(evaluations) / len(evaluations)
+    nfe = f"{most}" if len(results) == 1 else f"{mean:.1f} mean, {most} most"
+    drafted = sum(result.num_drafted for result in results)
+    kept = sum(result.num_accepted for result in results)
+    drafts = f" · {kept} of {drafted} drafted tokens kept" if drafted else ""
+    print(
+        f"[{head['decoder']}] network evaluations: {nfe}{drafts} · {tokens} new tokens in "
+        f"{seconds['generate_seconds']:.2f} s · loading {seconds['load_seconds']:.2f} s · "
+        f"{head['num_parameters'] / 1e6:.1f} M parameters"
+    )
+
+
+def command() -> None:
+    """`tess-generate`."""
+    run(main)

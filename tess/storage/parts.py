@@ -26,6 +26,7 @@ from tess.errors import UserError
 from tess.pipeline import TessPipeline
 from tess.schedulers.base import SimplexScheduler
 from tess.schedulers.family import SAMPLERS
+from tess.storage.files import check_replaceable
 from tess.text.tokenization import check_tokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -70,6 +71,16 @@ def kind_of(folder: Path) -> str | None:
         return None
     known = isinstance(config, dict) and config.get("model_type") in CAUSAL_TYPES
     return "ar" if known else None
+
+
+def check_target(folder: Path) -> None:
+    """Raises UserError where a folder to write holds anything else than a checkpoint."""
+    check_replaceable(folder)
+    if folder.is_dir() and any(folder.iterdir()) and kind_of(folder) is None:
+        raise UserError(
+            f"{folder} holds something else than a checkpoint, which writing there would delete; "
+            "empty it, or name another folder"
+        )
 
 
 def load_parts(

@@ -15,7 +15,7 @@ from tess.decoders.base import DECODERS
 from tess.decoders.beam_search import wants_beams
 from tess.decoders.options import SamplerOptions
 from tess.errors import UserError
-from tess.metrics.protocols import get_protocol
+from tess.metrics.catalog import get_protocol
 from tess.options import known_keys, read_config, typed
 from tess.training.settings import make_parser
 

@@ -5,11 +5,11 @@ from typing import Any
 
 from tess.metrics.bertscore import BertScore
 from tess.metrics.measures import Measure
+from tess.metrics.catalog import get_protocol
 from tess.metrics.protocols import (
     ProtocolScores,
     apply_protocol,
     baselines,
-    get_protocol,
     lead_sentences,
     mean_words,
 )

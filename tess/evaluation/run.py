@@ -19,7 +19,7 @@ from tess.errors import UserError
 from tess.evaluation.page import markdown
 from tess.evaluation.protocol import protocol_section
 from tess.metrics.bertscore import BertScore
-from tess.metrics.protocols import get_protocol
+from tess.metrics.catalog import get_protocol
 from tess.metrics.scores import score
 from tess.schedulers.stopping import StoppingRule
 from tess.storage.files import write_atomically

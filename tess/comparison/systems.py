@@ -24,8 +24,8 @@ from tess.costs.decoding import flops_of_run, source_lengths
 from tess.decoders.base import Decoder, Generation
 from tess.decoders.diffusion import TessDecoder
 from tess.decoders.load import load_decoder
-from tess.decoders.options import SamplerOptions
 from tess.errors import UserError
+from tess.sampling.options import SamplerOptions
 from tess.storage.files import write_atomically
 from tess.storage.kept import keep, kept
 from tess.storage.parts import kind_of, load_parts

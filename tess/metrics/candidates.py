@@ -16,6 +16,7 @@ from tess.metrics.measures import Measure, mean_measure, measures, ngrams
 from tess.metrics.ngrams import bleu_rows, sentence_bleu
 from tess.metrics.tokens import tokenize_bert
 
+
 def candidate_measures(
     candidates: Sequence[Sequence[str]], references: Sequence[Sequence[str]]
 ) -> dict[str, Measure]:

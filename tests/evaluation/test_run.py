@@ -14,9 +14,8 @@ from tess.decoders.base import Description
 from tess.errors import UserError
 from tess.evaluation.page import markdown, summary
 from tess.evaluation.run import evaluate, write_report
-from tess.metrics.candidates import CANDIDATE_MEASURES
+from tess.metrics.catalog import CANDIDATE_MEASURES, PROTOCOLS
 from tess.metrics.measures import MEASURES
-from tess.metrics.protocols import PROTOCOLS
 from tess.storage.files import prepare_output_dir
 from tess.text.tokenization import train_tokenizer
 

@@ -40,8 +40,8 @@ ROOMS = {
     "pipeline": {"text", *MODEL, "sampling"},
     "trace": {"text", "sampling"},
     "storage": {"text", *MODEL, "pipeline"},
-    "decoders": {"text", "sampling", "pipeline", "storage"},
-    "costs": {"text", *MODEL, "storage", "decoders"},
+    "costs": {"text", *MODEL, "storage"},
+    "decoders": {"text", "sampling", "pipeline", "storage", "costs.decoding"},
     "training": {"text", "data", *MODEL, "sampling", "pipeline", "storage", "decoders"},
     "evaluation": {"text", "data", "metrics", "costs.machine", "storage.files"},
 }

@@ -17,7 +17,7 @@ from tess.errors import UserError
 from tess.metrics.catalog import get_protocol
 from tess.options import known_keys, read_config, typed
 from tess.sampling.options import SamplerOptions
-from tess.training.settings import make_parser
+from tess.training.flags import known_names
 
 ARMS = ("tess", "ar")
 COPY, LEAD, TRUNCATION, FIXED, UNTRAINED = "copy", "lead", "truncation", "fixed", "untrained"
@@ -196,7 +196,7 @@ def _stage(item: Any, at: int) -> Stage:
     known_keys(item, {f.name for f in dataclasses.fields(Stage)}, where)
     name = _name(item.get("name"), where)
     groups = {key: _mapping(item.get(key) or {}, f"{where}, {key}") for key in ("shared", *ARMS)}
-    flags = {action.dest for action in make_parser("")._actions} - {"help", "objective"}
+    flags = set(known_names()) - {"objective"}
     for key, group in groups.items():
         known_keys(group, flags, f"stage {name!r}, {key}")
     if "output_dir" in groups["shared"]:

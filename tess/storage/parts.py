@@ -105,20 +105,18 @@ def load_parts(
             f"with a config.json of model_type {' or '.join(map(repr, CAUSAL_TYPES))} (ar)"
         )
     try:
+        scheduler = None
         if kind == "tess":
             scheduler_class = _scheduler_class(folder)
             config = read_config(folder / "denoiser", TessConfig)
-            parts = Parts(
-                model=load_checkpoint(
-                    TessDenoiser, config, folder / "denoiser", dtype=dtype, device=device
-                ),
-                tokenizer=load_tokenizer(folder / "tokenizer"),
-                scheduler=scheduler_class.from_pretrained(folder / "scheduler"),
+            model = load_checkpoint(
+                TessDenoiser, config, folder / "denoiser", dtype=dtype, device=device
             )
+            scheduler = scheduler_class.from_pretrained(folder / "scheduler")
         else:
-            parts = Parts(
-                model=_load_causal(folder, dtype, device), tokenizer=load_tokenizer(folder)
-            )
+            model = _load_causal(folder, dtype, device)
+        tokenizer = load_tokenizer(folder / "tokenizer" if kind == "tess" else folder)
+        parts = Parts(model, tokenizer, scheduler)
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
         raise UserError(
             f"the checkpoint {folder} cannot be read: {' '.join(str(error).split())}"

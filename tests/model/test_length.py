@@ -25,6 +25,7 @@ from tess.schedulers.renoising import RenoisingScheduler
 from tess.storage.parts import Parts, load_parts, save_parts
 from tess.text.tokenization import train_tokenizer
 from tess.training.diffusion_settings import DiffusionArguments
+from tess.training.flags import parse_settings
 from tess.training.length_fitting import (
     LengthRows,
     encode_rows,
@@ -33,9 +34,7 @@ from tess.training.length_fitting import (
     split_rows,
 )
 from tess.training.losses import tess_loss
-from tess.training.run import make_collator
-from tess.training.settings import parse_settings
-from tess.training.start import build_parts, store_limits
+from tess.training.start import build_parts, make_canvas, store_limits
 
 BOS, EOS, V, N = 1, 2, 300, 24
 SIZES = {
@@ -358,7 +357,7 @@ def test_the_margin_is_the_head_s_and_training_canvases_keep_the_rule_s(tmp_path
     store_limits(parts, settings, rows)
     fitted = parts.model.config
     assert (fitted.target_length_quantile, fitted.target_length_margin) == (0.8, 0)
-    canvas = make_collator(settings, parts, rows).canvas
+    canvas = make_canvas(settings, parts, rows)
     assert canvas.length_ratio == fitted.target_length_ratio
     lengths = sorted(len(ids) + 1 for ids in rows.targets)
     assert canvas.length_margin == lengths[3] - lengths[2] > 0

@@ -17,8 +17,9 @@ from tess.schedulers.recoverability import auto_simplex_value
 from tess.schedulers.simplex import NUM_TOP
 from tess.storage.parts import load_parts
 from tess.text.tokenization import train_tokenizer
-from tess.training.run import make_collator, train
-from tess.training.settings import parse_settings
+from tess.training.flags import parse_settings
+from tess.training.run import train
+from tess.training.start import make_canvas
 
 TINY = {
     "task": "simplification",
@@ -406,7 +407,7 @@ def test_unset_settings_of_the_process_are_those_of_the_checkpoint(tmp_path):
     assert values(published) == (process, 0.0)
     parts = load_parts(kept)
     settings = parse_settings(["--init_from", "x", "--task", "simplification", "--output_dir", "o"])
-    assert make_collator(settings, parts).canvas.pad_loss_weight == 0.25
+    assert make_canvas(settings, parts, None).pad_loss_weight == 0.25
 
 
 def test_a_checkpoint_whose_tokenizer_does_not_fit_cannot_be_gone_on_from(tmp_path):

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from tess.training.arguments import TrainingArguments
 
 
+MOST = 2**20
+"""The largest size that is taken for one, not for a slip: no vocabulary or width comes near it."""
+
+
 def check_settings(
     model: ModelArguments,
     diffusion: DiffusionArguments,
@@ -55,6 +59,9 @@ def _check_start(model: ModelArguments) -> None:
         raise UserError("give exactly one of --tokenizer, --train_tokenizer and --init_from")
     if model.init_from and (sizes := sorted(set(model.backbone_fields) - CHANGEABLE)):
         raise UserError(f"--{sizes[0]} is fixed by the checkpoint that --init_from names")
+    for name, size in model.backbone_fields.items():
+        if isinstance(size, int) and size > MOST:
+            raise UserError(f"{name} must be at most {MOST:,}, got {size}")
     if model.preset and model.init_from:
         raise UserError("--preset is for a new model, and --init_from names one that is there")
     if model.preset and model.preset not in PRESETS:
@@ -65,9 +72,10 @@ def _check_numbers(
     diffusion: DiffusionArguments, data: DataArguments, run: RunArguments
 ) -> None:
     for name in ("max_source_length", "max_target_length"):
-        if getattr(data, name) < 3:
+        if not 3 <= getattr(data, name) <= MOST:
             raise UserError(
-                f"{name} must be at least 3 (special tokens and text), got {getattr(data, name)}"
+                f"{name} must be at least 3 (special tokens and text) and at most {MOST:,}, got "
+                f"{getattr(data, name)}"
             )
     for owner, name in (
         (run, "ema_decay"),
@@ -81,9 +89,16 @@ def _check_numbers(
         raise UserError(
             f"length_loss_weight must not be negative, got {diffusion.length_loss_weight}"
         )
-    for name in ("max_train_samples", "max_eval_samples"):
-        if getattr(data, name) is not None and getattr(data, name) < 1:
-            raise UserError(f"{name} must be at least 1, got {getattr(data, name)}")
+    for owner, name in (
+        (data, "max_train_samples"),
+        (data, "max_eval_samples"),
+        (run, "num_inference_steps"),
+        (diffusion, "num_diffusion_steps"),
+        (diffusion, "num_top"),
+    ):
+        value = getattr(owner, name)
+        if value is not None and not 1 <= value < 2**63:
+            raise UserError(f"{name} must be at least 1, got {value}")
     if run.ema_decay == 1:
         raise UserError("ema_decay must be below 1, or the average never moves")
     for name, least in (("num_samples_to_print", 0), ("router_balance_rate", 0)):

@@ -13,7 +13,7 @@ from tess.options import option
 from tess.training.diffusion_settings import DiffusionArguments
 
 if TYPE_CHECKING:
-    from tess.training.arguments import TrainingArguments
+    import transformers
 
 
 @dataclass
@@ -202,7 +202,7 @@ class Settings:
     causal: CausalArguments
     data: DataArguments
     run: RunArguments
-    training: "TrainingArguments"
+    training: "transformers.TrainingArguments | None"
 
 
 OWN = (ModelArguments, DiffusionArguments, CausalArguments, DataArguments, RunArguments)

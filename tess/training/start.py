@@ -5,6 +5,7 @@ Tokenizer, model and scheduler come from the settings alone, or from a checkpoin
 
 import logging
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -102,11 +103,28 @@ def build_parts(settings: Settings, texts: Texts, given: Parts | None = None) ->
     fields |= {"num_nextn_predict_layers": int(settings.causal.mtp_depth > 0)}
     backbone = HybridConfig(**(fields | ids | {"vocab_size": len(tokenizer)}))
     if settings.model.objective == "ar":
+        _check_size(HybridForCausalLM, backbone)
         return Parts(HybridForCausalLM(backbone), tokenizer)
     config = TessConfig(
         backbone_config=backbone, **(_new_positions(settings) | _denoiser_fields(settings))
     )
+    _check_size(TessDenoiser, config)
     return Parts(TessDenoiser(config), tokenizer, _scheduler(settings, config))
+
+
+def _check_size(kind: type[Model], config: HybridConfig | TessConfig) -> None:
+    """Raises UserError for a model that this machine's memory cannot hold."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            needed = sum(4 * parameter.numel() for parameter in kind(config).parameters())
+    except (RuntimeError, OverflowError, MemoryError) as error:
+        raise UserError(f"no model has such sizes: {str(error).splitlines()[0]}") from error
+    if needed > memory:
+        raise UserError(
+            f"the model's weights take {needed / 1e9:,.0f} GB in float32, and this machine's "
+            f"memory has {memory / 1e9:,.0f}"
+        )
 
 
 def _new_positions(settings: Settings) -> dict[str, int]:

@@ -7,6 +7,7 @@ there are any).
 
 import dataclasses
 import math
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
-from transformers import Trainer, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
@@ -24,6 +25,7 @@ from tess.backbones.feedforward import balance_routers
 from tess.backbones.pretrained import stays_float32
 from tess.data.token_rows import BucketSampler
 from tess.errors import UserError
+from tess.progress import Progress
 from tess.schedulers.density import LearnedDensity
 from tess.storage.files import replaced_folder
 from tess.storage.parts import Parts, load_parts, save_parts
@@ -82,6 +84,20 @@ class AfterUpdate(TrainerCallback):
             self.trainer.average.update(model, state.global_step)
 
 
+class ProgressLines(TrainerCallback):
+    """Lines of progress in place of transformers' bar, where stderr is no terminal."""
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self.progress = Progress(state.max_steps, "training", "updates", done=state.global_step)
+        self.progress.__enter__()
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        self.progress.advance()
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        self.progress.__exit__()
+
+
 class EpochOfSampler(TrainerCallback):
     """Tells the sampler which epoch begins; a restart in mid-epoch begins the same one again."""
 
@@ -135,6 +151,11 @@ class TextTrainer(Trainer):
             self._check_sharded()
         self.add_callback(AfterUpdate(self, balance_rate))
         self.add_callback(EpochOfSampler(train_sampler))
+        if not self.args.disable_tqdm and not sys.stderr.isatty():
+            self.remove_callback(ProgressCallback)
+            self.add_callback(PrinterCallback)
+            if self.is_world_process_zero():
+                self.add_callback(ProgressLines())
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
         return self.train_sampler

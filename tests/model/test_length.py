@@ -339,7 +339,7 @@ def settings_for(folder, *flags):
 def test_a_run_from_a_checkpoint_keeps_its_head_or_gets_one(tmp_path, tokenizer, has):
     folder = checkpoint(tmp_path, tokenizer, length_head=has)
     flags = [] if has else ["--length_head", "true"]
-    parts = build_parts(settings_for(folder, *flags), [])
+    parts = build_parts(settings_for(folder, *flags), [], load_parts(folder))
     before, after = load_parts(folder).model.state_dict(), parts.model.state_dict()
     assert parts.model.config.length_head and parts.model.length_head.max_length == 20
     assert {n for n in after if n not in before and "length_head" not in n} == set()
@@ -351,7 +351,7 @@ def test_a_run_from_a_checkpoint_keeps_its_head_or_gets_one(tmp_path, tokenizer,
 def test_the_margin_is_the_head_s_and_training_canvases_keep_the_rule_s(tmp_path, tokenizer):
     folder = checkpoint(tmp_path, tokenizer, pad_loss_weight=0.1)
     settings = settings_for(folder, "--length_quantile", "0.8", "--canvas", "rule")
-    parts = build_parts(settings, [])
+    parts = build_parts(settings, [], load_parts(folder))
     targets = [" ".join(["cat"] * n) for n in (1, 1, 1, 2, 3)]
     rows = TokenRows(tokenizer, ["the dog ran"] * 5, targets, seed=0)
     store_limits(parts, settings, rows)

@@ -5,7 +5,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from tess.backbones.config import HybridConfig
+from tess.backbones.config import HybridConfig, without_derived
 from tess.schedulers.base import resolve_simplex_value
 
 SOURCE_ENCODINGS = ("causal", "bidirectional", "joint")
@@ -91,7 +91,7 @@ class TessConfig(PreTrainedConfig):
         if self.self_conditioning is not None and self.self_conditioning_mix is None:
             joins = self.self_conditioning in CONCATENATING or self.deepmind_conditional
             self.self_conditioning_mix = "embeddings" if joins else "probabilities"
-        super().__post_init__(**kwargs)
+        super().__post_init__(**without_derived(self, kwargs))
         self.simplex_value = resolve_simplex_value(self.simplex_value, self.vocab_size)
         # Not a setting here: the backbone's own field decides, and the base class has one too.
         self.tie_word_embeddings = self.backbone_config.tie_word_embeddings

@@ -21,9 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow
-import pyarrow.parquet
-
 from tess.errors import UserError
 
 FORMATS = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
@@ -196,6 +193,9 @@ def _read_csv(path: Path, delimiter: str) -> Iterator[Record]:
 
 
 def _read_parquet(path: Path) -> Iterator[Record]:
+    import pyarrow  # half a second, and most files are text
+    import pyarrow.parquet
+
     try:
         table = pyarrow.parquet.read_table(io.BytesIO(_read_bytes(path)))
     except (pyarrow.ArrowException, OSError) as error:

@@ -56,6 +56,8 @@ class TessConfig(PreTrainedConfig):
         target_length_ratio, target_length_margin: without a head it is ceil(ratio * source length)
             + margin, at most max_target_length; ratio None always takes max_target_length.
         max_source_length, max_target_length: tokens, bos and eos included.
+        source_drop_probability: share of training examples with an empty source, without which
+            guidance has nothing to compare with; None: not noted.
 
     Raises:
         ValueError: an unknown setting, or two that exclude each other.
@@ -82,6 +84,7 @@ class TessConfig(PreTrainedConfig):
     target_length_margin: int = 0
     max_source_length: int = 256
     max_target_length: int = 128
+    source_drop_probability: float | int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.backbone_config is None:

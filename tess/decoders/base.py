@@ -20,6 +20,7 @@ from tess.sampling.options import check_count
 from tess.sampling.request import Request
 from tess.sampling.sources import seeded_keys
 from tess.storage.parts import Parts
+from tess.text.alphabet import warn_of_strange_texts
 from tess.text.tokenization import cut_sources, decode, encode_sources
 
 DECODERS = ("tess", "ar", "ar+mtp", "tess+ar")
@@ -156,6 +157,8 @@ class Decoder(ABC):
         """
         longest = self.max_source_length
         rows = encode_sources(self.tokenizer, texts)
+        if warn:
+            warn_of_strange_texts(self.tokenizer, texts)
         num_cut = 0 if longest is None else sum(len(row) > longest for row in rows)
         return Sources(cut_sources(rows, longest, strict, warn), num_cut)
 

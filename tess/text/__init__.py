@@ -5,5 +5,6 @@ padding        rows of token ids made equally long, with their masks
 alphabet       letters that a tokenizer was not trained on
 sentences      sentence boundaries by rule: nothing to download
 detokenize     undo Penn-Treebank-style tokenisation
+visible        whether a text has anything to see
 token_strings  single tokens as strings that are safe to show
 """

@@ -36,8 +36,9 @@ from tess.costs.roofline import (
     stack_cost,
     verify_pass,
 )
-from tess.decoders.base import DECODERS, Decoder, Generation
+from tess.decoders.base import Decoder, Generation
 from tess.decoders.diffusion import TessDecoder
+from tess.decoders.options import DECODERS
 from tess.decoders.verified import DraftVerifyDecoder
 from tess.errors import UserError
 from tess.schedulers.simplex import NUM_TOP

@@ -22,8 +22,6 @@ from tess.schedulers.stopping import StoppingRule
 from tess.storage.parts import Parts
 from tess.text.tokenization import decode, encode_sources
 
-DECODERS = ("tess", "ar", "ar+mtp", "tess+ar")
-
 
 @dataclass(frozen=True)
 class Generation:

@@ -22,7 +22,9 @@ class Protocol:
     candidates: tuple[str, ...] = ()
 
 
-MEASURES_OF_CHOICE = ("sentence_bleu_swapped", "sentence_bleu", "rougeL_unstemmed", "distinct1_bert")
+MEASURES_OF_CHOICE = (
+    "sentence_bleu_swapped", "sentence_bleu", "rougeL_unstemmed", "distinct1_bert",
+)
 CANDIDATE_MEASURES = (
     *(f"mbr_{name}" for name in MEASURES_OF_CHOICE),
     "candidates_self_bleu",

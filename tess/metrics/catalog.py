@@ -23,7 +23,10 @@ class Protocol:
 
 
 MEASURES_OF_CHOICE = (
-    "sentence_bleu_swapped", "sentence_bleu", "rougeL_unstemmed", "distinct1_bert",
+    "sentence_bleu_swapped",
+    "sentence_bleu",
+    "rougeL_unstemmed",
+    "distinct1_bert",
 )
 CANDIDATE_MEASURES = (
     *(f"mbr_{name}" for name in MEASURES_OF_CHOICE),

@@ -43,7 +43,7 @@ def _downloaded(repo_id: str, revision: str | None, files: list[str]) -> Path:
     except Exception as error:  # a network has errors of many libraries
         why = " ".join(str(error).split()) or type(error).__name__
         for kind, reason in (
-            (errors.LocalEntryNotFoundError, "the cache lacks it, and the hub is not reached"),
+            (errors.LocalEntryNotFoundError, "it is not in the hub's cache, and no hub is reached"),
             (errors.GatedRepoError, "its owner gives access to those who log in and ask for it"),
             (errors.RepositoryNotFoundError, "the hub has no such repository, or it is private"),
             (errors.RevisionNotFoundError, f"it has no revision {revision!r}"),

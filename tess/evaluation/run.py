@@ -109,6 +109,10 @@ def evaluate(
         raise UserError(f"batch_size must be at least 1, got {batch_size}")
     if gold_length and gen_length is not None:
         raise UserError(f"gold_length and gen_length exclude each other, got both ({gen_length})")
+    if gold_length and decoder.max_target_length is None:
+        raise UserError(
+            f"gold_length is the canvas of the tess decoder, and this one is {decoder.name}"
+        )
     if protocol is not None:
         get_protocol(protocol)  # an unknown one is refused before the long run
     elif bertscore is not None:

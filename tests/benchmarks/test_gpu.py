@@ -389,7 +389,8 @@ def test_the_bidirectional_case_differs_from_two_passes_by_the_token_counted_twi
     torch.testing.assert_close(ys["forward"] + ys["reverse"] - own, ys["bidirectional"])
 
 
-def test_options_have_the_defaults_of_the_command():
+def test_options_have_the_names_that_are_built_and_the_defaults_of_the_command():
+    assert OPERATIONS == tuple(checks.BUILDERS)
     args = make_parser().parse_args(["gpu"])
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in vars(args).items()}
     assert Options(**{name: given[name] for name in vars(Options())}) == Options()

@@ -21,12 +21,13 @@ MAY_IMPORT = {
     "scripts": {"", *SIDE_FOLDERS},
 }
 # What every room of `tess` may import, of the rooms and of the files at its root.
-FOR_ALL = {"errors", "options", "version"}
+FOR_ALL = {"errors", "options", "version", "progress"}
 MODEL = {"config", "self_conditioning", "length", "denoiser"}
 ROOMS = {
     "errors": set(),
     "options": set(),
     "version": set(),
+    "progress": set(),
     "cli": set(),
     "config": set(),
     "self_conditioning": {"config"},
@@ -39,8 +40,8 @@ ROOMS = {
     "pipeline": {"text", *MODEL, "sampling"},
     "trace": {"text", "sampling"},
     "storage": {"text", *MODEL, "pipeline"},
-    "decoders": {"text", "sampling", "pipeline", "storage"},
-    "costs": {"text", *MODEL, "storage", "decoders"},
+    "costs": {"text", *MODEL, "storage"},
+    "decoders": {"text", "sampling", "pipeline", "storage", "costs.decoding"},
     "training": {"text", "data", *MODEL, "sampling", "pipeline", "storage", "decoders"},
     "evaluation": {"text", "data", "metrics", "costs.machine", "storage.files"},
 }
@@ -141,6 +142,24 @@ def test_every_python_folder_is_packaged():
     assert set(listed) == found
 
 
+def test_every_other_file_of_a_package_is_package_data():
+    """Or a wheel would lack it."""
+    data = PROJECT["tool"]["setuptools"]["package-data"]
+    listed = {
+        file
+        for package, patterns in data.items()
+        for pattern in patterns
+        for file in ROOT.joinpath(*package.split(".")).glob(pattern)
+    }
+    found = {
+        file
+        for folder in ("tess", *SIDE_FOLDERS)
+        for file in (ROOT / folder).rglob("*")
+        if file.is_file() and file.suffix not in (".py", ".pyc")
+    }
+    assert found == listed and ROOT / "tess" / "trace" / "page.html" in found
+
+
 @pytest.mark.parametrize("folder", MAY_IMPORT)
 def test_imports_point_one_way(folder):
     files = python_files(folder)
@@ -185,6 +204,7 @@ def test_every_room_is_in_the_table():
         ("errors", "tess.cli"),
         ("options", "tess.text.tokenization"),
         ("version", "tess.cli"),
+        ("progress", "tess.cli"),
         ("cli", "tess.storage.parts"),
         ("config", "tess.denoiser"),
         ("self_conditioning", "tess.length"),
@@ -234,6 +254,7 @@ def test_a_room_says_what_it_is_for_and_names_its_files(folder):
     assert len(tree.body) == 1 and (text := ast.get_docstring(tree))
     head, *lines = text.split("\n")
     files = {file.stem for file in folder.glob("*.py")} - {"__init__"}
+    files |= {file.name for file in folder.glob("*.*") if file.suffix != ".py"}
     rooms = {f"{inner.parent.name}/" for inner in folder.glob("*/__init__.py")}
     assert head.endswith(".") and lines[0] == ""
     assert [line.split(maxsplit=1)[0] for line in lines[1:]] == list(

@@ -24,10 +24,11 @@ from tess.benchmarks.gpu import report as benchmark_gpu_report
 from tess.benchmarks.gpu import run as benchmark_gpu
 from tess.benchmarks.gpu.cases import Maker, evaluate, scan_case  # noqa: E402
 from tess.benchmarks.gpu.clock import Clock, as_gpu, summarize  # noqa: E402
-from tess.benchmarks.gpu.options import OPERATIONS, PACKAGES, Options
+from tess.benchmarks.gpu.options import OPERATIONS, PACKAGES, Options  # noqa: E402
 from tess.benchmarks.gpu.peers import Absent, Contender, load  # noqa: E402
-from tess.commands.benchmark import main
-from tess.costs.roofline import Cost, Gpu  # noqa: E402
+from tess.commands.benchmark import main  # noqa: E402
+from tess.costs.gpus import Gpu  # noqa: E402
+from tess.costs.roofline import Cost  # noqa: E402
 from tess.errors import UserError  # noqa: E402
 from tess.kernels import conv, cross_entropy, head, norms  # noqa: E402
 from tess.kernels.dispatch import is_interpreted  # noqa: E402

@@ -36,7 +36,7 @@ def benchmark_cache(
     steps: Sequence[int] = (8, 16),
     repeats: int = 7,
     seed: int = 0,
-    checkpoint: Path | None = None,
+    checkpoint: str | Path | None = None,
 ) -> dict[str, Any]:
     """Time a step of the three systems in turn, at every source length and batch size.
 

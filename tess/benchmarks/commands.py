@@ -5,6 +5,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+from tess.cli import Parser
+
 DESCRIPTION = "Measure against a named rival in the same run."
 KEYS = "The keys of --json are stable; docs/benchmarks/keys.md in the repository says them all."
 BENCHMARKS = {
@@ -43,7 +45,7 @@ def benchmark(name: str) -> Benchmark:
 
 def make_parser() -> argparse.ArgumentParser:
     """A subcommand a benchmark, with its flags."""
-    parser = argparse.ArgumentParser(description=DESCRIPTION, epilog=KEYS)
+    parser = Parser(description=DESCRIPTION, epilog=KEYS)
     commands = parser.add_subparsers(dest="command", required=True, metavar="SUBCOMMAND")
     for name, what in BENCHMARKS.items():
         command = commands.add_parser(name, help=what, description=what, epilog=KEYS)

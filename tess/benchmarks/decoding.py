@@ -28,7 +28,7 @@ Writes = Callable[[Tensor, Tensor], tuple[list[list[int]], dict[str, int]]]
 
 
 def benchmark_decoding(
-    checkpoint: Path,
+    checkpoint: str | Path,
     *,
     rows: int = 200,
     batch_sizes: Sequence[int] = (1, 8),

@@ -31,7 +31,7 @@ class _System:
 
 
 def benchmark_drafting(
-    checkpoint: Path,
+    checkpoint: str | Path,
     *,
     rows: int = 200,
     num_inference_steps: Sequence[int] = (1, 4, 8, 16),

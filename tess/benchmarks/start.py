@@ -39,7 +39,7 @@ finally:
 
 
 def benchmark_start(
-    checkpoint: Path, text: str, rival: str, scripts: Sequence[str] = SCRIPTS, repeats: int = 5
+    checkpoint: str | Path, text: str, rival: str, scripts: Sequence[str] = SCRIPTS, repeats: int = 5
 ) -> dict[str, Any]:
     """Start today's scripts and the rival's in turn, each in a child process, and sum up.
 
@@ -52,7 +52,7 @@ def benchmark_start(
     if not hasattr(os, "wait4"):
         raise UserError(f"the benchmark reads a child's processor time, not so on {sys.platform}")
     calls = {f"{name} --help": (f"{name}.py", "--help") for name in scripts}
-    calls["generate TEXT"] = "generate.py", text, "--checkpoint", str(checkpoint.resolve())
+    calls["generate TEXT"] = "generate.py", text, "--checkpoint", _absolute(checkpoint)
     commit = _commit(rival)
     with _tree(commit) as folder:
         ours, theirs = _Build(CHECKOUT), _Build(folder)
@@ -76,6 +76,12 @@ def benchmark_start(
             **{name: version(name) for name in ("torch", "transformers", "diffusers")},
         },
     }
+
+
+def _absolute(checkpoint: str | Path) -> str:
+    """A folder from the root, as the children start elsewhere; a hub id as it is."""
+    folder = Path(checkpoint).resolve()
+    return str(folder if folder.exists() else checkpoint)
 
 
 @dataclass(frozen=True)

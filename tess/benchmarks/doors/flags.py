@@ -34,7 +34,8 @@ def several(
 
 
 def add_checkpoint(parser: argparse.ArgumentParser, what: str = "") -> None:
-    parser.add_argument("--checkpoint", type=Path, help=f"{what}(default: the shipped)")
+    help = f"{what}(a folder or a hub id; default: the shipped)"
+    parser.add_argument("--checkpoint", help=help)
 
 
 def add_matrix(parser: argparse.ArgumentParser, vocab_size: int) -> None:

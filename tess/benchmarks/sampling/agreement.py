@@ -15,7 +15,7 @@ SCHEDULERS = ("renoising", "ddim", "ddim_carried")
 
 
 def benchmark_agreement(
-    checkpoint: Path,
+    checkpoint: str | Path,
     data: Data,
     schedulers: Sequence[str] = SCHEDULERS,
     steps: int = 8,

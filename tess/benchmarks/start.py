@@ -39,7 +39,11 @@ finally:
 
 
 def benchmark_start(
-    checkpoint: str | Path, text: str, rival: str, scripts: Sequence[str] = SCRIPTS, repeats: int = 5
+    checkpoint: str | Path,
+    text: str,
+    rival: str,
+    scripts: Sequence[str] = SCRIPTS,
+    repeats: int = 5,
 ) -> dict[str, Any]:
     """Start today's scripts and the rival's in turn, each in a child process, and sum up.
 

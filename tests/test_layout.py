@@ -127,6 +127,15 @@ def test_side_folder_is_linked_and_has_no_init(name):
     )
 
 
+def test_no_test_depends_on_the_clock():
+    """A busy machine fails none: no test reads a time, or gives up after one."""
+    clocks = {"perf_counter", "perf_counter_ns", "monotonic", "process_time", "time_ns"}
+    for file in python_files("tests"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            assert getattr(node, "attr", None) not in clocks, file
+            assert not isinstance(node, ast.keyword) or node.arg != "timeout", file
+
+
 def test_tests_are_no_package():
     assert not list((ROOT / "tests").rglob("__init__.py"))
 

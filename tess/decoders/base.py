@@ -7,13 +7,11 @@ as `ar` too, from whole drafts by `tess`.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.utils import logging as transformers_logging
 
 from tess.costs.decoding import DecodingCost
 from tess.errors import UserError
@@ -119,7 +117,6 @@ class Decoder(ABC):
         batch_size: int = 8,
         top_p: float | None = None,
         temperature: float = 1.0,
-        progress: bool = False,
         strict: bool = False,
         on_batch: OnBatch | None = None,
         finished: Mapping[int, Generation] | None = None,
@@ -136,7 +133,6 @@ class Decoder(ABC):
             batch_size: texts at once.
             top_p: None takes the likeliest token; else the mass of the nucleus to sample from.
             temperature: divides the logits; only with top_p.
-            progress: show a bar.
             on_batch: called after each batch.
             finished: texts of an earlier, equal call by the number of their source; a batch of
                 which all are there is not written again.
@@ -152,7 +148,6 @@ class Decoder(ABC):
             batch_size=batch_size,
             top_p=top_p,
             temperature=temperature,
-            progress=progress,
             on_batch=on_batch,
             finished=finished,
         )
@@ -179,7 +174,6 @@ class Decoder(ABC):
         batch_size: int = 8,
         top_p: float | None = None,
         temperature: float = 1.0,
-        progress: bool = False,
         on_batch: OnBatch | None = None,
         finished: Mapping[int, Generation] | None = None,
     ) -> list[Generation]:
@@ -190,29 +184,21 @@ class Decoder(ABC):
         keys = example_keys(rows, draw_seed(torch.Generator().manual_seed(seed)))
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         results = dict(finished or {})
-        bar = (
-            transformers_logging.tqdm(total=len(rows), desc=self.name, leave=False)
-            if progress
-            else nullcontext()
-        )
-        with bar:
-            for start in range(0, len(order), batch_size):
-                chosen = order[start : start + batch_size]
-                if all(i in results for i in chosen):
-                    continue
-                batch = [list(rows[i]) for i in chosen]
-                lengths = gen_length
-                if gen_length is not None and not isinstance(gen_length, int):
-                    lengths = [gen_length[i] for i in chosen]
-                written = self._batch(
-                    batch, keys[chosen], num_inference_steps, lengths, top_p, temperature
-                )
-                done = dict(zip(chosen, written, strict=True))
-                results |= done
-                if on_batch is not None:
-                    on_batch(done)
-                if progress:
-                    bar.update(len(chosen))
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            if all(i in results for i in chosen):
+                continue
+            batch = [list(rows[i]) for i in chosen]
+            lengths = gen_length
+            if gen_length is not None and not isinstance(gen_length, int):
+                lengths = [gen_length[i] for i in chosen]
+            written = self._batch(
+                batch, keys[chosen], num_inference_steps, lengths, top_p, temperature
+            )
+            done = dict(zip(chosen, written, strict=True))
+            results |= done
+            if on_batch is not None:
+                on_batch(done)
         return [results[i] for i in range(len(rows))]
 
     def _generation(self, ids: list[int], nfe: int | None = None, **drafts: int) -> Generation:

@@ -20,7 +20,7 @@ from tess.data.tasks.catalog import load_task
 from tess.decoders.autoregressive import ArDecoder
 from tess.decoders.load import load_decoder
 from tess.errors import UserError
-from tess.text.padding import pad_sources
+from tess.text.padding import pad_left
 
 TASK = "simplification"
 SPLITS = ("test", "train")  # of the packaged rows, in that order; 200 sources together
@@ -117,7 +117,7 @@ def _compare(
     repeats: int,
 ) -> list[dict[str, Any]]:
     batches = [
-        pad_sources(sources[i : i + size], decoder.tokenizer.pad_token_id)
+        pad_left(sources[i : i + size], decoder.tokenizer.pad_token_id)
         for i in range(0, len(sources), size)
     ]
     device = decoder.model.device

@@ -2,36 +2,25 @@
 
 Writes report.json (keys: docs/evaluation.md), report.md and predictions.jsonl. Example:
 
-    python scripts/evaluate.py --task simplification --limit 20 --output_dir out
+    tess-evaluate --task simplification --limit 20 --output_dir out
 """
 
 import argparse
 from collections.abc import Sequence
 from dataclasses import fields
-from pathlib import Path
 
-from tess.cli import default_checkpoint, run
+from tess.cli import Parser, default_checkpoint, run
 from tess.data.rows import Example, load_rows
 from tess.data.tasks.catalog import DEFAULT_DATASET, TASKS, load_task
-from tess.decoders.diffusion import TessDecoder
-from tess.decoders.load import find_checkpoints, load_decoder
 from tess.decoders.options import add_sampler_flags, sampler_options
 from tess.errors import UserError
-from tess.evaluation import run as evaluation
-from tess.evaluation.page import summary
-from tess.evaluation.partial import PARTIAL
-from tess.metrics.bertscore import BertScore
-from tess.metrics.protocols import PROTOCOLS
-from tess.storage.files import prepare_output_dir
-from tess.storage.kept import digest_folder
+from tess.metrics.catalog import PROTOCOLS
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def make_parser() -> argparse.ArgumentParser:
+    parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("--checkpoint", help="folder of a checkpoint (default: the one shipped in the repository)")
+    add("--checkpoint", help="a folder or a hub id (default: the shipped one)")
     rows = parser.add_mutually_exclusive_group(required=True)
     rows.add_argument("--task", help=f"one of {', '.join(TASKS)}")
     rows.add_argument("--data", help="JSONL, CSV, TSV or Parquet file with source and target")
@@ -62,18 +51,29 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = build_parser().parse_args(argv)
+    args = make_parser().parse_args(argv)
+    if args.bertscore and not args.protocol:
+        raise UserError("--bertscore goes with --protocol")
+    checkpoint = args.checkpoint or default_checkpoint()
+    examples, data = _rows(args)
+
+    from tess.decoders.diffusion import TessDecoder
+    from tess.decoders.load import find_checkpoints, load_decoder
+    from tess.evaluation import run as evaluation
+    from tess.evaluation.page import summary
+    from tess.evaluation.partial import PARTIAL
+    from tess.metrics.bertscore import BertScore
+    from tess.storage.files import prepare_output_dir
+    from tess.storage.hub import local_folder
+    from tess.storage.kept import digest_folder
+
     settings = evaluation.Settings(
         **{item.name: getattr(args, item.name) for item in fields(evaluation.Settings)}
     )
-    checkpoint = Path(args.checkpoint) if args.checkpoint else default_checkpoint()
-    found = find_checkpoints(checkpoint)
+    found = find_checkpoints(local_folder(checkpoint))
     name = args.decoder or next(iter(found), None)
     if args.gold_length and name not in (None, TessDecoder.name):
         raise UserError(f"--gold_length is of the canvas of tess, and this decoder is {name}")
-    if args.bertscore and not args.protocol:
-        raise UserError("--bertscore goes with --protocol")
-    examples, data = _rows(args)
     folder = prepare_output_dir(args.output_dir)
     decoder = load_decoder(
         checkpoint,

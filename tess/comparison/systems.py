@@ -19,8 +19,8 @@ from tess.comparison.recipe import ARMS, UNTRAINED, UNTRAINED_STEPS, System
 from tess.decoders.base import Decoder, Generation, OnBatch
 from tess.decoders.diffusion import TessDecoder
 from tess.decoders.load import load_decoder
-from tess.decoders.options import SamplerOptions
 from tess.errors import UserError
+from tess.sampling.options import SamplerOptions
 from tess.storage.files import write_atomically
 from tess.storage.kept import digest, digest_folder, keep, kept
 from tess.storage.parts import kind_of, load_parts

@@ -13,7 +13,7 @@ from tess.errors import UserError
 from tess.kernels import random
 from tess.schedulers.renoising import sample_nucleus
 from tess.storage.parts import Parts
-from tess.text.padding import pad_sources
+from tess.text.padding import pad_left
 
 
 class _KeyedNucleus(LogitsProcessor):
@@ -66,7 +66,7 @@ class ArDecoder(Decoder):
                 "num_inference_steps belongs to the tess decoder; ar takes one evaluation per "
                 "token, and ar+mtp fewer"
             )
-        source = pad_sources(rows, self.tokenizer.pad_token_id)
+        source = pad_left(rows, self.tokenizer.pad_token_id)
         device = self.model.device
         width = source["source_ids"].shape[1]
         choice = LogitsProcessorList()

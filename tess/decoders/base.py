@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tess.costs.decoding import DecodingCost
 from tess.errors import UserError
-from tess.sampling.loop import check_sampling
+from tess.sampling.request import Request
 from tess.sampling.sources import draw_seed, example_keys
 from tess.storage.parts import Parts
 from tess.text.tokenization import cut_sources, decode, encode_sources
@@ -260,4 +260,4 @@ def check_request(
         raise UserError(f"gen_length must be one number or {rows}, got {len(lengths)}")
     if batch_size < 1:
         raise UserError(f"batch_size must be at least 1, got {batch_size}")
-    check_sampling(top_p, temperature)
+    Request(top_p=top_p, temperature=temperature)

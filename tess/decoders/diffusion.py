@@ -9,10 +9,10 @@ from torch import Tensor
 
 from tess.costs.decoding import tess_flops
 from tess.decoders.base import Decoder, Description, Generation, check_request
-from tess.decoders.options import SamplerOptions
 from tess.errors import UserError
 from tess.pipeline import TessPipeline, TessPipelineOutput
 from tess.sampling.loop import TraceHook
+from tess.sampling.options import SamplerOptions
 from tess.sampling.sources import draw_seed, example_keys
 from tess.schedulers.family import name_of
 from tess.storage.parts import Parts
@@ -120,7 +120,7 @@ class TessDecoder(Decoder):
             temperature=temperature,
             keys=keys,
             output_type="seq",
-            **self.options.call_arguments(self.tokenizer),
+            options=self.options,
             **more,
         )
 

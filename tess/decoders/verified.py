@@ -27,9 +27,9 @@ from tess.decoders.autoregressive import ArDecoder, longest_source
 from tess.decoders.base import Decoder, Description, Generation
 from tess.decoders.diffusion import TessDecoder
 from tess.decoders.drafts import REDRAFTS, DiffusionDrafts
-from tess.decoders.options import SamplerOptions
 from tess.errors import UserError
 from tess.kernels.speculative import match_drafts
+from tess.sampling.options import SamplerOptions
 from tess.storage.parts import Parts
 
 DRAFT_STEPS = 1

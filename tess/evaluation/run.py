@@ -20,7 +20,7 @@ from tess.evaluation.page import markdown
 from tess.evaluation.partial import PARTIAL, PartialTexts
 from tess.evaluation.protocol import protocol_section
 from tess.metrics.bertscore import BertScore
-from tess.metrics.protocols import get_protocol
+from tess.metrics.catalog import get_protocol
 from tess.metrics.scores import score
 from tess.progress import Progress
 from tess.storage.files import write_atomically

@@ -17,10 +17,10 @@ from tess.decoders.autoregressive import ArDecoder, ArMtpDecoder
 from tess.decoders.base import Generation
 from tess.decoders.beam_search import BeamDecoder
 from tess.decoders.diffusion import TessDecoder
-from tess.decoders.options import SamplerOptions
 from tess.decoders.verified import DraftVerifyDecoder
 from tess.denoiser import TessDenoiser
 from tess.errors import UserError
+from tess.sampling.options import SamplerOptions
 from tess.schedulers.renoising import RenoisingScheduler
 from tess.storage.parts import Parts
 from tess.text.tokenization import train_tokenizer

@@ -15,9 +15,8 @@ from tess.errors import UserError
 from tess.evaluation import run as evaluation
 from tess.evaluation.page import markdown, summary
 from tess.evaluation.run import Settings, write_report
-from tess.metrics.candidates import CANDIDATE_MEASURES
+from tess.metrics.catalog import CANDIDATE_MEASURES, PROTOCOLS
 from tess.metrics.measures import MEASURES
-from tess.metrics.protocols import PROTOCOLS
 from tess.storage.files import prepare_output_dir
 from tess.text.tokenization import train_tokenizer
 
@@ -82,7 +81,8 @@ class FirstWords:
 def script(monkeypatch):
     """scripts/evaluate.py as a module, with the decoder above for every checkpoint."""
     monkeypatch.setattr(command, "decoder", FirstWords(), raising=False)
-    monkeypatch.setattr(command, "load_decoder", lambda *_, **options: command.decoder)
+    monkeypatch.setattr("tess.decoders.load.load_decoder", lambda *_, **options: command.decoder)
+    monkeypatch.setattr("tess.storage.hub.local_folder", Path)
     return command
 
 

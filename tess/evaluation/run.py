@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
-from tess.costs.machine import evaluation_versions, machine
+from tess.costs.machine import MACHINE, VERSIONS, environment
 from tess.data.rows import Example
 from tess.errors import UserError
 from tess.evaluation.page import markdown
@@ -187,8 +187,7 @@ def _write(
     if partial is not None:
         depends_on = {
             "weights": weights, "decoder": decoder.name, **asdict(decoder.describe()), **options,
-            "sources": digest(rows.sources), "versions": evaluation_versions(),
-            "machine": machine(),
+            "sources": digest(rows.sources), "machine": environment([*VERSIONS, *MACHINE]),
         }
         kept = PartialTexts(partial, depends_on)
     finished = dict(kept.finished) if kept else {}
@@ -293,8 +292,8 @@ def _report(
         ),
         "metrics": scored[0],
         "protocol": scored[1],
-        "versions": evaluation_versions(),
-        "machine": machine(),
+        "versions": environment(VERSIONS),
+        "machine": environment(MACHINE),
     }
 
 

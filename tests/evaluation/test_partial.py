@@ -7,6 +7,7 @@ import torch
 
 from tess.backbones.config import HybridConfig
 from tess.config import TessConfig
+from tess.costs.machine import environment
 from tess.data.rows import Example
 from tess.decoders.diffusion import TessDecoder
 from tess.decoders.options import SamplerOptions
@@ -120,10 +121,11 @@ def test_texts_of_other_settings_or_weights_are_not_reused(killed, changed):
 @pytest.mark.parametrize("what", ["options", "rows", "versions", "machine"])
 def test_texts_of_other_options_rows_versions_or_machines_are_not_reused(killed, what, monkeypatch):
     one = decoder(num_candidates=3 if what == "options" else 2)
-    if what == "versions":
-        monkeypatch.setattr("tess.evaluation.run.evaluation_versions", lambda: {"torch": "0"})
-    if what == "machine":
-        monkeypatch.setattr("tess.evaluation.run.machine", lambda: {"accelerator": "another"})
+    facts = {"versions": {"torch": "0"}, "machine": {"accelerator": "another"}}
+    if what in facts:
+        monkeypatch.setattr(
+            "tess.evaluation.run.environment", lambda names: environment(names) | facts[what]
+        )
     assert run(one, killed, limit=5 if what == "rows" else None).num_kept == 0
 
 

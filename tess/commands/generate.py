@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tess.cli import Parser, default_checkpoint, run
-from tess.decoders.base import DECODERS
-from tess.decoders.options import add_sampler_flags, sampler_options
+from tess.decoders.options import DECODERS, add_sampler_flags, sampler_options
 from tess.errors import UserError
 from tess.options import check_seed
 from tess.sampling.request import Request

@@ -12,10 +12,13 @@ from tess.costs.decoding import ar_flops, mtp_flops
 from tess.decoders.base import Decoder, Description, Generation
 from tess.errors import UserError
 from tess.kernels import random
+from tess.options import check_count
 from tess.sampling.request import Request
 from tess.schedulers.renoising import sample_nucleus
 from tess.storage.parts import Parts
 from tess.text.padding import pad_left
+
+MOST_DRAFT_TOKENS = 2**10
 
 
 class _KeyedNucleus(LogitsProcessor):
@@ -110,8 +113,7 @@ class ArMtpDecoder(ArDecoder):
                 "ar+mtp needs a checkpoint with a multi-token predictor, and this one has none "
                 "(num_nextn_predict_layers is 0 in its config.json)"
             )
-        if num_draft_tokens < 1:
-            raise UserError(f"num_draft_tokens must be at least 1, got {num_draft_tokens}")
+        check_count("num_draft_tokens", num_draft_tokens, MOST_DRAFT_TOKENS)
         self.num_draft_tokens = num_draft_tokens
 
     def describe(self) -> Description:

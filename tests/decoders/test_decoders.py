@@ -253,6 +253,9 @@ def test_a_tokenizer_that_does_not_fit_is_refused(checkpoints, tmp_path):
         ("denoiser/config.json", "model_type", "bert", "unknown model_type 'bert'; known"),
         ("denoiser/config.json", "max_source_length", "16", "'max_source_length' expected int"),
         ("denoiser/config.json", "source_encoding", "odd", "source_encoding must be one of"),
+        ("denoiser/config.json", "vocab_size", 5, "vocab_size cannot be set: it follows from"),
+        ("denoiser/config.json", "use_return_dict", "x", "use_return_dict cannot be set: it"),
+        ("scheduler/scheduler_config.json", "num_top", "x", "num_top must be an integer, got 'x'"),
     ],
 )
 def test_what_a_tess_folder_names_must_be_known(checkpoints, tmp_path, file, key, value, message):

@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import BaseOutput
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, SuppressTokensLogitsProcessor
 
 from tess.backbones.causal_lm import HybridForCausalLM
 from tess.config import TessConfig
@@ -31,8 +31,15 @@ from tess.sampling.steps import StepTrace
 from tess.schedulers import family  # noqa: F401  diffusers loads components from imported modules
 from tess.schedulers.base import SimplexScheduler
 from tess.schedulers.stopping import StoppingRule, text_mask
+from tess.text.end_tokens import end_tokens
 from tess.text.padding import right_mask
-from tess.text.tokenization import check_tokenizer, cut_sources, decode, encode_sources
+from tess.text.tokenization import (
+    cut_sources,
+    decode,
+    encode_sources,
+    fit_tokenizer,
+    surplus_ids,
+)
 
 DEFAULT_INFERENCE_STEPS = 16
 """Or the scheduler's training steps, where these are fewer."""
@@ -86,7 +93,7 @@ class TessPipeline(DiffusionPipeline):
         tokenizer: PreTrainedTokenizerBase,
     ) -> None:
         super().__init__()
-        check_tokenizer(tokenizer, denoiser.config.vocab_size)
+        fit_tokenizer(tokenizer, denoiser.config.backbone_config)
         check_scheduler(scheduler, denoiser.config)
         self.register_modules(denoiser=denoiser, scheduler=scheduler, tokenizer=tokenizer)
 
@@ -202,7 +209,8 @@ class TessPipeline(DiffusionPipeline):
             raise UserError(f"output_type must be 'text' or 'seq', got {output_type!r}")
         settings = SamplingSettings(
             top_p=top_p, temperature=temperature, stopping=stopping,
-            confidence_threshold=confidence_threshold, logits_processor=logits_processor,
+            confidence_threshold=confidence_threshold,
+            logits_processor=[*self._never_written(), *logits_processor],
             guidance=Guidance(
                 scale=guidance_scale, form=guidance_form, reward=reward,
                 reward_scale=reward_scale, reward_steps=reward_steps,
@@ -284,13 +292,19 @@ class TessPipeline(DiffusionPipeline):
                 self.scheduler,
                 batch,
                 settings,
-                eos_token_id=self.tokenizer.eos_token_id,
+                eos_token_id=end_tokens(self.tokenizer),
                 pad_token_id=self.tokenizer.pad_token_id,
                 on_step=hook,
                 on_trace=on_trace,
                 after_step=progress.update,
                 keep_trace=keep_trace,
             )
+
+    def _never_written(self) -> list[TokenProcessor]:
+        """Keeps out the rows of the embedding that are no token."""
+        surplus = surplus_ids(self.tokenizer, self.denoiser.config.vocab_size)
+        device = self._execution_device
+        return [SuppressTokensLogitsProcessor(surplus, device=device)] if surplus else []
 
     def _left_ids(self, target_mask: Tensor, fixed_tokens: Tensor | None) -> Tensor:
         """What stands on the canvas before the first step."""
@@ -414,7 +428,7 @@ class TessPipeline(DiffusionPipeline):
         output_type: str,
         return_dict: bool,
     ) -> TessPipelineOutput | tuple[Tensor, list[str] | None, list[int]]:
-        inside = text_mask(written.token_ids, right_mask(lengths), self.tokenizer.eos_token_id)
+        inside = text_mask(written.token_ids, right_mask(lengths), end_tokens(self.tokenizer))
         sequences = written.token_ids.masked_fill(~inside, self.tokenizer.pad_token_id)
         candidates, nfe = None, written.nfe
         if num_candidates > 1:

@@ -10,7 +10,6 @@ Letters: B rows of the batch, A rows not finished, K drafted tokens, L = K + 1 p
 S source positions, V vocabulary.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -30,6 +29,7 @@ from tess.decoders.options import SamplerOptions
 from tess.errors import UserError
 from tess.kernels.speculative import match_drafts
 from tess.storage.parts import Parts
+from tess.text.end_tokens import through_end
 
 DRAFT_STEPS = 1
 """Of a draft. With more, fewer of its tokens stay: see docs/benchmarks/drafting-cpu.json."""
@@ -155,7 +155,8 @@ class _Rounds:
             for row, prefix in zip(self.active, prefixes)
         ]
         drafts = self.draft(list(self.active), prefixes, budgets)
-        return [until(row[:budget], self.ends) for row, budget in zip(drafts, budgets, strict=True)]
+        rooms = zip(drafts, budgets, strict=True)
+        return [through_end(row[:budget], self.ends) for row, budget in rooms]
 
     def _targets(self, hidden_ALH: Tensor, drafts: list[list[int]]) -> Tensor:
         """The model's own choice [A, L] at every position, given what stands before it."""
@@ -191,7 +192,7 @@ class _Rounds:
         staying = []
         for index, (row, drafted, count) in enumerate(zip(self.active, drafts, counts)):
             text = self.texts[row]
-            added = until((drafted[:count] + [following[index]]), self.ends)
+            added = through_end(drafted[:count] + [following[index]], self.ends)
             written = (text.token_ids + added)[: self.limit]
             self.texts[row] = Verified(
                 written,
@@ -208,14 +209,6 @@ class _Rounds:
             return
         self.active = [self.active[index] for index in staying]
         self.cache = self.cache.select(torch.tensor(staying, dtype=torch.long))
-
-
-def until(tokens: Sequence[int], ends: set[int]) -> list[int]:
-    """The tokens up to and including the first that is an end."""
-    for index, token in enumerate(tokens):
-        if token in ends:
-            return list(tokens[: index + 1])
-    return list(tokens)
 
 
 def _stops(criteria: StoppingCriteriaList, width: int) -> tuple[set[int], int]:

@@ -18,6 +18,8 @@ from torch import Tensor
 from tess.errors import UserError
 from tess.sampling.loop import Denoised
 from tess.sampling.sources import Context, derived_keys, pad_left
+from tess.text.end_tokens import end_tokens
+from tess.text.tokenization import padding_ids
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ class Blocks:
         log_probs: list[list[float]] = [[] for _ in sources]
         nfe = [0] * len(sources)
         open_rows = list(range(len(sources)))
+        ends = set(end_tokens(self.pipeline.tokenizer))
         for block in range(count):
             width = min(self.length, self.total - block * self.length)
             given = context if use_cache else context.without_cache()
@@ -86,7 +89,7 @@ class Blocks:
             going_on, added = [], []
             for place, row in enumerate(open_rows):
                 tokens = part.token_ids[place].tolist()
-                ended = self.pipeline.tokenizer.eos_token_id in tokens
+                ended = not ends.isdisjoint(tokens)
                 texts[row] += tokens
                 log_probs[row] += part.log_probs[place].tolist()
                 nfe[row] += part.nfe[place]
@@ -129,8 +132,8 @@ class Blocks:
 
     def _without_padding(self, tokens: list[int]) -> list[int]:
         """A row may hold padding amid its text; it is no context."""
-        pad = self.pipeline.tokenizer.pad_token_id
-        return [token for token in tokens if token != pad]
+        padding = padding_ids(self.pipeline.tokenizer)
+        return [token for token in tokens if token not in padding]
 
     def _check_positions(self, sources: list[list[int]]) -> None:
         positions = self.pipeline.denoiser.config.num_source_positions

@@ -22,7 +22,7 @@ from tess.errors import UserError
 from tess.kernels.cross_entropy import linear_cross_entropy
 from tess.sampling.sources import pad_left
 from tess.text.padding import right_mask
-from tess.text.tokenization import decode
+from tess.text.tokenization import decode, padding_ids
 
 CHOICES = ("confidence", "mbr_bleu", "mbr_chrf", "ar")
 """Ways to choose; see `choose`."""
@@ -277,7 +277,7 @@ def choose_candidates(
     mean_BN = (log_probs.double() * inside).sum(dim=1) / inside.sum(dim=1)
     mean_BN = mean_BN.view(batch, count)
     # padding may stand amid a text, which is read without it; a text of nothing else stays
-    padding = {tokenizer.pad_token_id} - {tokenizer.eos_token_id}
+    padding = padding_ids(tokenizer)
     written = [row[kept].tolist() for row, kept in zip(sequences, inside, strict=True)]
     targets = [[token for token in row if token not in padding] or row for row in written]
     grouped = _grouped(texts, count)

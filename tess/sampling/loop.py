@@ -140,7 +140,7 @@ def denoise(
     batch: Batch,
     settings: SamplingSettings,
     *,
-    eos_token_id: int | None = None,
+    eos_token_id: Sequence[int] | None = None,
     pad_token_id: int = 0,
     on_step: StepHook | None = None,
     on_trace: TraceHook | None = None,
@@ -149,7 +149,8 @@ def denoise(
 ) -> Denoised:
     """Go through `scheduler.timesteps` until every example is done.
 
-    eos_token_id: ends a text; None: it fills its canvas. pad_token_id: what stands outside of it.
+    eos_token_id: those that end a text; None: it fills its canvas.
+    pad_token_id: what stands outside of it.
     on_step: called after each evaluation, before the scheduler's step.
     on_trace: called with the state of all examples in each step.
     after_step: called with nothing, likewise.
@@ -340,7 +341,10 @@ def _advance(
 
 
 def _settle(
-    batch: Batch, settings: SamplingSettings, prediction: Prediction, eos_token_id: int | None
+    batch: Batch,
+    settings: SamplingSettings,
+    prediction: Prediction,
+    eos_token_id: Sequence[int] | None,
 ) -> tuple[Batch, Tensor | None]:
     """Hold what is sure enough; which examples are done, [A] bool (None: nothing says so)."""
     if settings.confidence_threshold is None and settings.stopping is None:

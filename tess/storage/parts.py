@@ -26,7 +26,8 @@ from tess.errors import UserError
 from tess.pipeline import TessPipeline
 from tess.schedulers.base import SimplexScheduler
 from tess.schedulers.family import SAMPLERS
-from tess.text.tokenization import check_tokenizer, load_tokenizer
+from tess.text.end_tokens import share_end_tokens
+from tess.text.tokenization import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -97,17 +98,18 @@ def load_parts(
         if kind == "tess":
             scheduler_class = _scheduler_class(folder)
             config = read_config(folder / "denoiser", TessConfig)
+            settings = (config.backbone_config,)
             parts = Parts(
                 model=load_checkpoint(
                     TessDenoiser, config, folder / "denoiser", dtype=dtype, device=device
                 ),
-                tokenizer=load_tokenizer(folder / "tokenizer"),
+                tokenizer=load_tokenizer(folder / "tokenizer", *settings),
                 scheduler=scheduler_class.from_pretrained(folder / "scheduler"),
             )
         else:
-            parts = Parts(
-                model=_load_causal(folder, dtype, device), tokenizer=load_tokenizer(folder)
-            )
+            model = _load_causal(folder, dtype, device)
+            settings = (model.config, model.generation_config)
+            parts = Parts(model, load_tokenizer(folder, *settings))
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
         raise UserError(
             f"the checkpoint {folder} cannot be read: {' '.join(str(error).split())}"
@@ -116,7 +118,7 @@ def load_parts(
         raise
     except ValueError as error:  # strict loading names the tensors
         raise UserError(str(error)) from error
-    check_tokenizer(parts.tokenizer, parts.model.config.vocab_size)
+    share_end_tokens(parts.tokenizer, *settings)
     return parts
 
 

@@ -1,6 +1,7 @@
 """Strings and tokens: what a text is before a model sees it and after one wrote it.
 
 tokenization   train a byte-level BPE, load any tokenizer, lay out source and target
+end_tokens     the one set of tokens that end a text
 padding        rows of token ids made equally long, with their masks
 sentences      sentence boundaries by rule: nothing to download
 detokenize     undo Penn-Treebank-style tokenisation

@@ -18,6 +18,7 @@ from tess.schedulers.density import EARLIEST_TIME, LearnedDensity
 from tess.schedulers.renoising import RenoisingScheduler
 from tess.schedulers.simplex import Simplex
 from tess.self_conditioning import Prediction
+from tess.text.end_tokens import union
 from tess.training.processes import mean_shares, own_rows
 from tess.training.sharding import is_sharded
 
@@ -141,7 +142,7 @@ def tess_loss(
         density.update(timesteps_B, out.token_losses.sum(1) / weights_BL.sum(1))
     with_length = bool(source) and core.length_head is not None
     if with_length:
-        lengths_B, ended_B = text_lengths(target_ids_BL, _eos(core.config.backbone_config))
+        lengths_B, ended_B = text_lengths(target_ids_BL, union(core.config.backbone_config))
         kept_B = kept_B & ended_B
     share, length_share = mean_shares(torch.stack([weights_BL.sum(), kept_B.sum()]))
     loss = share * out.loss
@@ -171,17 +172,13 @@ def _later_times(timesteps_B: Tensor, steps: int) -> list[Tensor]:
     return list(timesteps_B + shares * (1 - timesteps_B))
 
 
-def _eos(config: HybridConfig) -> int | None:
-    return config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
-
-
 def _drop_sources(
     source: dict[str, Tensor], probability: float, config: HybridConfig
 ) -> tuple[dict[str, Tensor], Tensor]:
     """The sources, some of them empty, and which were kept [B] bool."""
     ids_BS, mask_BS = source["source_ids"].clone(), source["source_mask"].clone()
-    eos = _eos(config)
-    empty = [token for token in (config.bos_token_id, eos) if token is not None]
+    # the first end token of a config in training is the one that sources have (`start.own_ends`)
+    empty = [token for token in (config.bos_token_id, *union(config)[:1]) if token is not None]
     drawn_B = own_rows(lambda count: torch.rand(count, device=ids_BS.device), len(ids_BS))
     dropped_B = drawn_B < probability
     mask_BS[dropped_B] = 0

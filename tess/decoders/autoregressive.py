@@ -1,18 +1,24 @@
 """The `ar` and `ar+mtp` decoders: token by token, or several checked at a time."""
 
+import logging
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList, SuppressTokensLogitsProcessor
 
 from tess.backbones.causal_lm import DRAFT_TOKENS
 from tess.decoders.base import Decoder, Generation
+from tess.decoders.generation_settings import GenerationSettings, only_given_options
 from tess.errors import UserError
 from tess.kernels import random
 from tess.schedulers.renoising import sample_nucleus
 from tess.storage.parts import Parts
+from tess.text.end_tokens import end_tokens
 from tess.text.padding import pad_sources
+from tess.text.tokenization import surplus_ids
+
+logger = logging.getLogger(__name__)
 
 
 class _KeyedNucleus(LogitsProcessor):
@@ -37,6 +43,12 @@ class ArDecoder(Decoder):
 
     name = "ar"
 
+    def __init__(self, parts: Parts) -> None:
+        super().__init__(parts)
+        self.settings = GenerationSettings.of(self.model.generation_config)
+        if notice := self.settings.notice():
+            logger.warning("%s", notice)
+
     def _max_source_length(self) -> int | None:
         # transformers writes a huge number for "no limit".
         longest = self.tokenizer.model_max_length
@@ -58,23 +70,38 @@ class ArDecoder(Decoder):
         device = self.model.device
         width = source["source_ids"].shape[1]
         choice = LogitsProcessorList()
+        if surplus := surplus_ids(self.tokenizer, self.model.config.vocab_size):
+            choice.append(SuppressTokensLogitsProcessor(surplus, device=device))
         if top_p is not None:
             choice.append(_KeyedNucleus(keys.to(device), width, top_p, temperature))
-        return self._write(
-            width,
-            input_ids=source["source_ids"].to(device),
-            attention_mask=source["source_mask"].to(device),
-            max_new_tokens=gen_length or self.model.generation_config.max_new_tokens or 128,
-            pad_token_id=self.tokenizer.pad_token_id,
-            eos_token_id=self.tokenizer.eos_token_id,
-            do_sample=False,
-            logits_processor=choice,
-        )
+        longest = gen_length or self.model.generation_config.max_new_tokens or 128
+        stops = "stop_strings" in self.settings.honoured
+        with only_given_options(self.model):
+            return self._write(
+                width,
+                input_ids=source["source_ids"].to(device),
+                attention_mask=source["source_mask"].to(device),
+                max_new_tokens=longest,
+                pad_token_id=self.tokenizer.pad_token_id,
+                eos_token_id=list(end_tokens(self.tokenizer)),
+                do_sample=False,
+                logits_processor=choice,
+                tokenizer=self.tokenizer if stops else None,
+                **self.settings.honoured,
+            )
 
     def _write(self, width: int, **options: Any) -> list[Generation]:
         """Call the model's `generate`; `width` tokens of every row are the source."""
         sequences = self.model.generate(**options)
-        return [self._generation(ids) for ids in sequences[:, width:].tolist()]
+        return [self._generation(ids) for ids in self._new_tokens(sequences, width)]
+
+    def _new_tokens(self, sequences: Tensor, width: int) -> list[list[int]]:
+        rows = sequences[:, width:].tolist()
+        if "stop_strings" in self.settings.honoured:  # a row that is done goes on with padding
+            for row in rows:
+                while row and row[-1] == self.tokenizer.pad_token_id:
+                    row.pop()
+        return rows
 
 
 class ArMtpDecoder(ArDecoder):
@@ -107,7 +134,7 @@ class ArMtpDecoder(ArDecoder):
         return [
             self._generation(ids, nfe, num_drafted=drafted, num_accepted=accepted)
             for ids, nfe, drafted, accepted in zip(
-                out.sequences[:, width:].tolist(),
+                self._new_tokens(out.sequences, width),
                 out.num_forwards.tolist(),
                 out.num_drafted.tolist(),
                 out.num_accepted.tolist(),

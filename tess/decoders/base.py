@@ -20,7 +20,8 @@ from tess.sampling.loop import check_sampling
 from tess.sampling.sources import draw_seed, example_keys
 from tess.schedulers.stopping import StoppingRule
 from tess.storage.parts import Parts
-from tess.text.tokenization import decode, encode_sources
+from tess.text.end_tokens import end_tokens, through_end
+from tess.text.tokenization import decode, encode_sources, padding_ids
 
 DECODERS = ("tess", "ar", "ar+mtp", "tess+ar")
 
@@ -162,9 +163,9 @@ class Decoder(ABC):
         return [results[i] for i in range(len(rows))]
 
     def _generation(self, ids: list[int], nfe: int | None = None, **drafts: int) -> Generation:
-        eos, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
-        written = ids[: ids.index(eos) + 1] if eos in ids else ids
-        kept = [token for token in written if token != pad or token == eos]
+        written = through_end(ids, end_tokens(self.tokenizer))
+        padding = padding_ids(self.tokenizer)
+        kept = [token for token in written if token not in padding]
         evaluations = len(written) if nfe is None else nfe
         text = decode(self.tokenizer, kept)
         return Generation(text, kept, len(kept), evaluations, **drafts)

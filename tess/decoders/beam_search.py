@@ -65,10 +65,8 @@ class BeamDecoder(ArDecoder):
                 early_stopping=False,
                 **options,
             )
-        return [
-            self._generation(ids, nfe)
-            for ids, nfe in zip(sequences[:, width:].tolist(), sum(steps).tolist(), strict=True)
-        ]
+        written = zip(self._new_tokens(sequences, width), sum(steps).tolist(), strict=True)
+        return [self._generation(ids, nfe) for ids, nfe in written]
 
 
 @contextmanager

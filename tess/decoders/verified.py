@@ -16,7 +16,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedTokenizerBase, StoppingCriteriaList
-from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
+from transformers.generation.stopping_criteria import (
+    EosTokenCriteria,
+    MaxLengthCriteria,
+    StopStringCriteria,
+)
 
 from tess.backbones.cache import HybridCache
 from tess.backbones.causal_lm import HybridForCausalLM
@@ -83,7 +87,7 @@ def decode_with_drafts(
         model: over the hybrid cache.
         input_ids: [B, S], left-padded.
         logits_processor: functions of (input_ids, scores), row by row.
-        stopping_criteria: a longest length and end tokens.
+        stopping_criteria: a longest length, end tokens and stop strings.
         draft: what proposes the texts.
         model_kwargs: "attention_mask" [B, S], None: no padding; and what `generate` passes besides.
 
@@ -112,7 +116,7 @@ class _Rounds:
     ) -> None:
         self.model, self.input_ids = model, input_ids
         self.processors, self.draft = processors, draft
-        self.ends, self.limit = _stops(criteria, input_ids.shape[1])
+        self.ends, self.limit, self.strings = _stops(criteria, input_ids.shape[1])
         self.cache = HybridCache()
         self.texts = [Verified([], 0) for _ in range(len(input_ids))]
         self.active = list(range(len(input_ids)))
@@ -187,12 +191,25 @@ class _Rounds:
             out_ALV[asked, offsets] = done_BV[places]
         return out_ALV
 
+    def _until_string(
+        self, row: int, before: list[int], added: list[int]
+    ) -> tuple[list[int], bool]:
+        """The added tokens through the first with which a stop string is complete."""
+        for count in range(1, len(added) + 1) if self.strings else ():
+            own = self.input_ids.new_tensor(before + added[:count])
+            read = torch.cat([self.input_ids[row], own])[None]
+            if bool(self.strings(read, None)[0]):
+                return added[:count], True
+        return added, False
+
     def _append(self, drafts: list[list[int]], counts: list[int], following: list[int]) -> None:
         """Keep each row's agreeing drafts and the model's own token; let finished rows go."""
         staying = []
         for index, (row, drafted, count) in enumerate(zip(self.active, drafts, counts)):
             text = self.texts[row]
             added = through_end(drafted[:count] + [following[index]], self.ends)
+            added, done = self._until_string(row, text.token_ids, added)
+            count = min(count, len(added))
             written = (text.token_ids + added)[: self.limit]
             self.texts[row] = Verified(
                 written,
@@ -203,7 +220,7 @@ class _Rounds:
             )
             # Reading far beyond the likely end of agreement costs more than a round now and then.
             self.spans[row] = 2 * count + 2 if drafted else self.limit
-            if written[-1] not in self.ends and len(written) < self.limit:
+            if not done and written[-1] not in self.ends and len(written) < self.limit:
                 staying.append(index)
         if len(staying) == len(self.active):
             return
@@ -211,30 +228,33 @@ class _Rounds:
         self.cache = self.cache.select(torch.tensor(staying, dtype=torch.long))
 
 
-def _stops(criteria: StoppingCriteriaList, width: int) -> tuple[set[int], int]:
-    """The end tokens, and the most new tokens."""
+def _stops(
+    criteria: StoppingCriteriaList, width: int
+) -> tuple[set[int], int, StoppingCriteriaList]:
+    """The end tokens, the most new tokens, and the strings that end a text."""
     ends: set[int] = set()
-    lengths = []
+    lengths, strings = [], StoppingCriteriaList()
     for criterion in criteria:
         if type(criterion) is EosTokenCriteria:
             ends |= set(criterion.eos_token_id.tolist())
         elif type(criterion) is MaxLengthCriteria:
             lengths.append(criterion.max_length - width)
+        elif type(criterion) is StopStringCriteria:
+            strings.append(criterion)
         else:
             raise UserError(
-                f"tess+ar stops at end tokens and at a length, got {type(criterion).__name__}"
+                "tess+ar stops at end tokens, at strings and at a length, got "
+                f"{type(criterion).__name__}"
             )
     if not lengths:
         raise UserError("tess+ar needs a longest length, got none")
-    return ends, min(lengths)
+    return ends, min(lengths), strings
 
 
 class _Verifier(ArDecoder):
     """`ar` over one batch, with drafts."""
 
-    def __init__(self, parts: Parts, draft: Drafter) -> None:
-        super().__init__(parts)
-        self.draft = draft
+    draft: Drafter
 
     def _write(self, width: int, **options: Any) -> list[Generation]:
         written = self.model.generate(
@@ -293,7 +313,7 @@ class DraftVerifyDecoder(Decoder):
                 f"{', '.join(useless)} would change the drafts alone, and the texts of {self.name} "
                 "are those of ar; leave it out"
             )
-        self.writer = TessDecoder(tess_parts, options)
+        self.writer, self.verifier = TessDecoder(tess_parts, options), _Verifier(ar_parts)
         for name in ("scheduler_name", "timestep_spacing", "stopping", "sampler"):
             setattr(self, name, getattr(self.writer, name))
         self.redraft = redraft
@@ -310,9 +330,8 @@ class DraftVerifyDecoder(Decoder):
         if num_inference_steps is None:
             num_inference_steps = self.default_num_inference_steps
         drafts = DiffusionDrafts(self.writer, rows, keys, num_inference_steps, self.redraft)
-        written = _Verifier(self.parts, drafts)._batch(
-            rows, keys, None, gen_length, top_p, temperature
-        )
+        self.verifier.draft = drafts
+        written = self.verifier._batch(rows, keys, None, gen_length, top_p, temperature)
         return [
             replace(text, nfe=text.nfe + drafted, canvas_length=length)
             for text, drafted, length in zip(written, drafts.nfe, drafts.lengths, strict=True)

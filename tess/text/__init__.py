@@ -2,6 +2,7 @@
 
 tokenization   train a byte-level BPE, load any tokenizer, lay out source and target
 end_tokens     the one set of tokens that end a text
+prompts        texts that a released model goes on with, and turns of a chat
 padding        rows of token ids made equally long, with their masks
 sentences      sentence boundaries by rule: nothing to download
 detokenize     undo Penn-Treebank-style tokenisation

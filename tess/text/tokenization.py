@@ -209,10 +209,15 @@ def encode_sources(
     Raises:
         UserError: for an empty text, and with `strict` for one that is too long.
     """
-    if not all(text.strip() for text in texts):
-        raise UserError("expected a text, got an empty one (or only white space)")
+    check_texts(texts)
     rows = [source_layout(tokenizer, ids) for ids in encode_texts(tokenizer, texts)]
     return cut_sources(rows, max_length, strict)
+
+
+def check_texts(texts: Sequence[str]) -> None:
+    """Raises UserError for a text of white space alone."""
+    if not all(text.strip() for text in texts):
+        raise UserError("expected a text, got an empty one (or only white space)")
 
 
 def cut_sources(

@@ -5,7 +5,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, SuppressTokensLogitsProcessor
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+    StopStringCriteria,
+    SuppressTokensLogitsProcessor,
+)
 
 from tess.backbones.causal_lm import DRAFT_TOKENS
 from tess.decoders.base import Decoder, Generation
@@ -75,7 +81,10 @@ class ArDecoder(Decoder):
         if top_p is not None:
             choice.append(_KeyedNucleus(keys.to(device), width, top_p, temperature))
         longest = gen_length or self.model.generation_config.max_new_tokens or 128
-        stops = "stop_strings" in self.settings.honoured
+        settings = dict(self.settings.honoured)
+        stops = StoppingCriteriaList()
+        if strings := settings.pop("stop_strings", None):
+            stops.append(StopStringCriteria(self.tokenizer, strings))
         with only_given_options(self.model):
             return self._write(
                 width,
@@ -86,8 +95,8 @@ class ArDecoder(Decoder):
                 eos_token_id=list(end_tokens(self.tokenizer)),
                 do_sample=False,
                 logits_processor=choice,
-                tokenizer=self.tokenizer if stops else None,
-                **self.settings.honoured,
+                stopping_criteria=stops,
+                **settings,
             )
 
     def _write(self, width: int, **options: Any) -> list[Generation]:

@@ -19,17 +19,22 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> 
     A text that spells a special token is encoded as its characters.
 
     Raises:
-        UserError: an empty text.
+        UserError: an empty text, or one of which no token is made.
     """
     check_texts(texts)
     encoded = tokenizer(
-        list(texts), split_special_tokens=True, return_attention_mask=False, verbose=False
+        list(texts), split_special_tokens=True, return_special_tokens_mask=True, verbose=False
     )
     ends, rows = set(end_tokens(tokenizer)), []
-    for ids in encoded["input_ids"]:
-        while ids[-1] in ends:  # of a tokenizer that closes every text
-            ids = ids[:-1]
-        rows.append(list(ids))
+    for text, ids, added in zip(
+        texts, encoded["input_ids"], encoded["special_tokens_mask"], strict=True
+    ):
+        row = list(ids)
+        while row and added[len(row) - 1] and row[-1] in ends:  # a tokenizer that closes texts
+            row.pop()
+        if not row:
+            raise UserError(f"the tokenizer makes no token of the text {text!r}")
+        rows.append(row)
     return rows
 
 

@@ -199,9 +199,10 @@ def write_one_batch(
             **options,
         )
     if args.trace is not None:
-        count = decoder.num_candidates
+        described = decoder.describe()
+        count = described.num_candidates
         steps = options["num_inference_steps"] or decoder.default_num_inference_steps
-        settings = {**options, "scheduler": decoder.scheduler_name, "num_inference_steps": steps}
+        settings = {**options, "scheduler": described.scheduler, "num_inference_steps": steps}
         page = trace_page(
             out.trace,
             decoder.tokenizer,

@@ -154,7 +154,7 @@ def _one_seed(
             else share_equal(texts[name], texts[greedy]),
             "intervals_apart": verdict(measures[name], others, main, higher),
             "empty_texts": sum(not text.strip() for text in texts[name]),
-            "cost": costs(system.decoder, rows)
+            "cost": costs(rows)
             | {key: described[key] for key in ("flops_per_output_token", "flops_note")},
         }
     return found

@@ -275,7 +275,7 @@ def _write(run: Comparison, system: System, models: Models, only: str | None):
     decoder = load_system(system, models, recipe.dtype)
     texts = write_texts(
         system, decoder, run.sources, seed=models.seed, batch_size=recipe.batch_size,
-        advance=lambda rows: run.progress.advance(rows * work),
+        on_batch=lambda texts: run.progress.advance(len(texts) * work),
     )
     described = describe(decoder, run.sources, texts)
     changed = " anew, as settings or weights have changed" if path.exists() else ""

@@ -10,9 +10,9 @@ from tess.decoders.autoregressive import ArDecoder, ArMtpDecoder
 from tess.decoders.base import DECODERS, Decoder
 from tess.decoders.beam_search import BeamDecoder, wants_beams
 from tess.decoders.diffusion import TessDecoder
-from tess.decoders.options import SamplerOptions
 from tess.decoders.verified import DraftVerifyDecoder
 from tess.errors import UserError
+from tess.sampling.options import SamplerOptions
 from tess.storage.parts import Parts, kind_of, load_parts
 
 

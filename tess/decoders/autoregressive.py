@@ -1,6 +1,7 @@
 """The `ar` and `ar+mtp` decoders: token by token, or several checked at a time."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers import (
 
 from tess.backbones.causal_lm import DRAFT_TOKENS
 from tess.costs.decoding import ar_flops, mtp_flops
-from tess.decoders.base import Decoder, Description, Generation
+from tess.decoders.base import Decoder, Description, Generation, Sources
 from tess.decoders.generation_settings import GenerationSettings, only_given_options
 from tess.errors import UserError
 from tess.kernels import random
@@ -25,7 +26,8 @@ from tess.schedulers.renoising import sample_nucleus
 from tess.storage.parts import Parts
 from tess.text.end_tokens import end_tokens
 from tess.text.padding import pad_left
-from tess.text.tokenization import surplus_ids
+from tess.text.prompts import check_chat, encode_chats, encode_prompts
+from tess.text.tokenization import cut_sources, surplus_ids
 
 logger = logging.getLogger(__name__)
 
@@ -54,12 +56,22 @@ def longest_source(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 
 class ArDecoder(Decoder):
-    """One token per network evaluation, through the cache: greedy, or sampled with `top_p`."""
+    """One token per network evaluation, through the cache: greedy, or sampled with `top_p`.
+
+    What was trained here reads `<s> source </s>` and writes the target. A released model goes on
+    with the text as it stands, or with `chat` answers it, laid out by the tokenizer's template.
+
+    Raises:
+        UserError: `chat` without a template.
+    """
 
     name = "ar"
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Parts, *, chat: bool = False) -> None:
         super().__init__(parts)
+        if chat:
+            check_chat(self.tokenizer)
+        self.chat = chat
         self.settings = GenerationSettings.of(self.model.generation_config)
         if notice := self.settings.notice():
             logger.warning("%s", notice)
@@ -67,6 +79,21 @@ class ArDecoder(Decoder):
     @property
     def max_source_length(self) -> int | None:
         return longest_source(self.tokenizer)
+
+    def encode(self, texts: Sequence[str], strict: bool = False, warn: bool = True) -> Sources:
+        """As `Decoder.encode`; a chat that is too long is refused, its template would be cut."""
+        if self.closes_sources:
+            return super().encode(texts, strict, warn)
+        longest = self.max_source_length
+        rows = (encode_chats if self.chat else encode_prompts)(self.tokenizer, texts)
+        num_cut = 0 if longest is None else sum(len(row) > longest for row in rows)
+        kept = cut_sources(rows, longest, strict or self.chat, warn, closed=False)
+        return Sources(kept, num_cut)
+
+    @property
+    def closes_sources(self) -> bool:
+        """Whether an end token stands between the source and what is written."""
+        return self.model.config.eos_after_source and not self.chat
 
     def describe(self) -> Description:
         return Description(generation_config=self.settings.report())
@@ -136,8 +163,10 @@ class ArMtpDecoder(ArDecoder):
 
     name = "ar+mtp"
 
-    def __init__(self, parts: Parts, num_draft_tokens: int = DRAFT_TOKENS) -> None:
-        super().__init__(parts)
+    def __init__(
+        self, parts: Parts, num_draft_tokens: int = DRAFT_TOKENS, *, chat: bool = False
+    ) -> None:
+        super().__init__(parts, chat=chat)
         if self.model.mtp is None:
             raise UserError(
                 "ar+mtp needs a checkpoint with a multi-token predictor, and this one has none "

@@ -39,8 +39,15 @@ class BeamDecoder(ArDecoder):
         UserError: an argument out of range; in `generate` also top_p, which is for sampling.
     """
 
-    def __init__(self, parts: Parts, num_beams: int, length_penalty: float | None = None) -> None:
-        super().__init__(parts)
+    def __init__(
+        self,
+        parts: Parts,
+        num_beams: int,
+        length_penalty: float | None = None,
+        *,
+        chat: bool = False,
+    ) -> None:
+        super().__init__(parts, chat=chat)
         length_penalty = LENGTH_PENALTY if length_penalty is None else length_penalty
         if num_beams < 2:
             raise UserError(f"num_beams must be at least 2 for a beam search, got {num_beams}")

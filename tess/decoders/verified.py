@@ -10,6 +10,7 @@ Letters: B rows of the batch, A rows not finished, K drafted tokens, L = K + 1 p
 S source positions, V vocabulary.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -28,7 +29,7 @@ from tess.backbones.causal_lm import HybridForCausalLM
 from tess.backbones.speculative import ROUNDS_BETWEEN_COMPACTIONS
 from tess.costs.decoding import verified_flops
 from tess.decoders.autoregressive import ArDecoder, longest_source
-from tess.decoders.base import Decoder, Description, Generation
+from tess.decoders.base import Decoder, Description, Generation, Sources
 from tess.decoders.diffusion import TessDecoder
 from tess.decoders.drafts import REDRAFTS, DiffusionDrafts
 from tess.errors import UserError
@@ -283,6 +284,7 @@ class DraftVerifyDecoder(Decoder):
         num_inference_steps: of a draft, where a call names none.
         redraft: see `DiffusionDrafts`.
         options: of the diffusion sampler.
+        chat: see `ArDecoder`.
 
     `Generation.nfe` counts the diffusion evaluations over the target and the causal model's, of
     which there are `num_verifications` and that of the source. `gen_length` is the longest text, as
@@ -303,6 +305,7 @@ class DraftVerifyDecoder(Decoder):
         num_inference_steps: int = DRAFT_STEPS,
         redraft: str = REDRAFTS[0],
         options: SamplerOptions | None = None,
+        chat: bool = False,
     ) -> None:
         super().__init__(ar_parts)
         _check_vocabularies(tess_parts.tokenizer, ar_parts.tokenizer)
@@ -315,7 +318,8 @@ class DraftVerifyDecoder(Decoder):
                 f"{', '.join(useless)} would change the drafts alone, and the texts of {self.name} "
                 "are those of ar; leave it out"
             )
-        self.writer, self.verifier = TessDecoder(tess_parts, options), _Verifier(ar_parts)
+        self.writer = TessDecoder(tess_parts, options)
+        self.verifier = _Verifier(ar_parts, chat=chat)
         self.redraft = redraft
         most = tess_parts.scheduler.config.num_train_timesteps
         self.default_num_inference_steps = min(num_inference_steps, most)
@@ -324,6 +328,10 @@ class DraftVerifyDecoder(Decoder):
     @property
     def max_source_length(self) -> int | None:
         return longest_source(self.tokenizer)
+
+    def encode(self, texts: Sequence[str], strict: bool = False, warn: bool = True) -> Sources:
+        """As the causal model reads them."""
+        return self.verifier.encode(texts, strict, warn)
 
     def describe(self) -> Description:
         drafts = self.writer.describe()
@@ -346,7 +354,10 @@ class DraftVerifyDecoder(Decoder):
     ) -> list[Generation]:
         if num_inference_steps is None:
             num_inference_steps = self.default_num_inference_steps
-        drafts = DiffusionDrafts(self.writer, rows, keys, num_inference_steps, self.redraft)
+        sources = rows
+        if not self.verifier.closes_sources:  # the denoiser knows sources that end
+            sources = [[*row, self.tokenizer.eos_token_id] for row in rows]
+        drafts = DiffusionDrafts(self.writer, sources, keys, num_inference_steps, self.redraft)
         self.verifier.draft = drafts
         written = self.verifier._batch(rows, keys, None, gen_length, top_p, temperature)
         return [

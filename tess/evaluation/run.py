@@ -196,6 +196,8 @@ def evaluate(
         "versions": evaluation_versions(),
         "machine": machine(),
     }
+    if described.generation_config is not None:
+        report["generation_config"] = described.generation_config
     predictions = [
         {
             "source": example.source,

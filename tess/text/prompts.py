@@ -38,6 +38,15 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> 
     return rows
 
 
+def check_chat(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises UserError for a tokenizer without a chat template."""
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"the tokenizer {tokenizer.name_or_path!r} has no chat template, which chat needs; "
+            "leave it out"
+        )
+
+
 def encode_chats(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
     """Ids of each text as the user's turn of the tokenizer's chat template, then the answer begins.
 
@@ -45,11 +54,7 @@ def encode_chats(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> li
         UserError: an empty text, no template, or one that cannot be filled.
     """
     check_texts(texts)
-    if tokenizer.chat_template is None:
-        raise UserError(
-            f"the tokenizer {tokenizer.name_or_path!r} has no chat template, which --chat needs; "
-            "leave --chat out"
-        )
+    check_chat(tokenizer)
     try:
         return [
             list(

@@ -225,8 +225,11 @@ def cut_sources(
     max_length: int | None,
     strict: bool = False,
     warn: bool = True,
+    closed: bool = True,
 ) -> list[list[int]]:
-    """Source ids of at most `max_length` each, the last one (`</s>`) kept; one warning counts cuts.
+    """Source ids of at most `max_length` each; one warning counts cuts.
+
+    closed: the last id of every row is `</s>`, and stays.
 
     Raises:
         UserError: with `strict`, for the first source that is too long.
@@ -244,9 +247,11 @@ def cut_sources(
             "%d of %d sources have up to %d tokens and the model takes %d; their ends were cut off",
             *(sum(n > max_length for n in lengths), len(rows), max(lengths), max_length),
         )
-    return [
-        [*row[: max_length - 1], row[-1]] if len(row) > max_length else list(row) for row in rows
-    ]
+    kept = [list(row[:max_length]) for row in rows]
+    if closed:
+        for cut, row in zip(kept, rows, strict=True):
+            cut[-1] = row[-1]
+    return kept
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:

@@ -14,7 +14,7 @@ from tess.data.tasks.catalog import DEFAULT_DATASET, get_task
 from tess.decoders.base import DECODERS
 from tess.decoders.beam_search import wants_beams
 from tess.errors import UserError
-from tess.metrics.protocols import get_protocol
+from tess.metrics.catalog import get_protocol
 from tess.options import known_keys, read_config, typed
 from tess.sampling.options import SamplerOptions
 from tess.training.settings import make_parser

@@ -10,7 +10,8 @@ from tess.comparison.systems import Models
 from tess.comparison.timing import evenly_spaced
 from tess.data.rows import Example
 from tess.evaluation.protocol import figures
-from tess.metrics.protocols import PROTOCOLS, ProtocolScores, baselines, lead_sentences, mean_words
+from tess.metrics.catalog import PROTOCOLS
+from tess.metrics.protocols import ProtocolScores, baselines, lead_sentences, mean_words
 from tess.metrics.significance import LEVEL, RESAMPLES
 
 _HIDDEN = {"output_dir", "init_from", "tokenizer", "objective", "data_root", *DEFAULTS}

@@ -18,7 +18,7 @@ from tess.errors import UserError
 from tess.evaluation.page import markdown
 from tess.evaluation.protocol import protocol_section
 from tess.metrics.bertscore import BertScore
-from tess.metrics.protocols import get_protocol
+from tess.metrics.catalog import get_protocol
 from tess.metrics.scores import score
 from tess.storage.files import write_atomically
 from tess.text.tokenization import encode_texts, target_layout

@@ -6,5 +6,6 @@ prompts        texts that a released model goes on with, and turns of a chat
 padding        rows of token ids made equally long, with their masks
 sentences      sentence boundaries by rule: nothing to download
 detokenize     undo Penn-Treebank-style tokenisation
+visible        whether a text has anything to see
 token_strings  single tokens as strings that are safe to show
 """

@@ -17,7 +17,7 @@ from tess.comparison.scores import costs, over_seeds, verdict
 from tess.comparison.systems import Models, texts_key
 from tess.comparison.timing import evenly_spaced, measure_peak, peak_memory
 from tess.errors import UserError
-from tess.metrics.protocols import PROTOCOLS
+from tess.metrics.catalog import PROTOCOLS
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = {

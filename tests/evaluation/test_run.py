@@ -14,9 +14,8 @@ from tess.decoders.base import Description
 from tess.errors import UserError
 from tess.evaluation.page import markdown, summary
 from tess.evaluation.run import evaluate, write_report
-from tess.metrics.candidates import CANDIDATE_MEASURES
+from tess.metrics.catalog import CANDIDATE_MEASURES, PROTOCOLS
 from tess.metrics.measures import MEASURES
-from tess.metrics.protocols import PROTOCOLS
 from tess.storage.files import prepare_output_dir
 from tess.text.tokenization import train_tokenizer
 
@@ -73,7 +72,7 @@ class FirstWords:
 def script(monkeypatch):
     """scripts/evaluate.py as a module, with the decoder above for every checkpoint."""
     monkeypatch.setattr(command, "decoder", FirstWords(), raising=False)
-    monkeypatch.setattr(command, "load_decoder", lambda *_, **options: command.decoder)
+    monkeypatch.setattr("tess.decoders.load.load_decoder", lambda *_, **__: command.decoder)
     return command
 
 

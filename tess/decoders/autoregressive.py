@@ -50,9 +50,19 @@ class _KeyedNucleus(LogitsProcessor):
 
 
 def longest_source(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Tokens, by what the tokenizer says of its causal model; None: any."""
+    """Tokens, by what the tokenizer says of its causal model; None: any.
+
+    transformers writes a huge number for "no limit".
+
+    Raises:
+        UserError: no length at all.
+    """
     longest = tokenizer.model_max_length
-    return None if longest > 10**6 else longest  # transformers writes a huge number for "no limit"
+    if not isinstance(longest, int | float) or longest < 1:
+        raise UserError(
+            f"model_max_length of the tokenizer must be a number of at least 1, got {longest!r}"
+        )
+    return None if longest > 10**6 else int(longest)
 
 
 class ArDecoder(Decoder):
@@ -123,10 +133,10 @@ class ArDecoder(Decoder):
             choice.append(_KeyedNucleus(keys.to(device), width, top_p, temperature))
         longest = gen_length or self.model.generation_config.max_new_tokens or 128
         settings = dict(self.settings.honoured)
-        stops = StoppingCriteriaList()
-        if strings := settings.pop("stop_strings", None):
-            stops.append(StopStringCriteria(self.tokenizer, strings))
-        with only_given_options(self.model):
+        strings, stops = settings.pop("stop_strings", None), StoppingCriteriaList()
+        with only_given_options(self.model), self.settings.checked():
+            if strings:
+                stops.append(StopStringCriteria(self.tokenizer, strings))
             return self._write(
                 width,
                 input_ids=source["source_ids"].to(device),

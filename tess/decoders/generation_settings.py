@@ -5,12 +5,15 @@ depends on a file without a word. Whatever else of a file changes texts is honou
 the table below, and both are reported.
 """
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel
+
+from tess.errors import UserError
 
 HONOURED = (
     "repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "sequence_bias",
@@ -60,10 +63,10 @@ class GenerationSettings:
     def of(cls, config: GenerationConfig) -> "GenerationSettings":
         """Those of a loaded file."""
         given = {
-            name: value for name, value in config.to_diff_dict().items()
+            name: value for name, value in json.loads(config.to_json_string()).items()
             if name not in USUAL and not _is_neutral(name, value)
         }
-        honoured = {name: value for name, value in given.items() if name in HONOURED}
+        honoured = {name: getattr(config, name) for name in given if name in HONOURED}
         ignored = {name: value for name, value in given.items() if name not in HONOURED}
         return cls(honoured, ignored)
 
@@ -72,6 +75,23 @@ class GenerationSettings:
         if not self.honoured and not self.ignored:
             return None
         return {"honoured": dict(self.honoured), "ignored": dict(self.ignored)}
+
+    @contextmanager
+    def checked(self) -> Iterator[None]:
+        """A value that transformers refuses to honour is the file's mistake.
+
+        Raises:
+            UserError: it names the settings.
+        """
+        try:
+            yield
+        except (ValueError, TypeError, AttributeError) as error:
+            if not self.honoured or isinstance(error, UserError):
+                raise
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"{_list(self.honoured)} from generation_config.json cannot be honoured: {reason}"
+            ) from error
 
     def notice(self) -> str | None:
         """The same in one sentence."""

@@ -9,13 +9,27 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from tess.errors import UserError
+
 
 def union(*owners: Any) -> tuple[int, ...]:
-    """The `eos_token_id` of each owner, a number, a list or None, in this order and once each."""
+    """The `eos_token_id` of each owner, a number, a list or None, in this order and once each.
+
+    Negative ones, which some files write for "none", are left out.
+
+    Raises:
+        UserError: what is no token id.
+    """
     found: dict[int, None] = {}
     for owner in owners:
-        ids = getattr(owner, "eos_token_id", None)
-        found |= dict.fromkeys([] if ids is None else [ids] if isinstance(ids, int) else ids)
+        given = getattr(owner, "eos_token_id", None)
+        ids = given if isinstance(given, list | tuple) else [] if given is None else [given]
+        if not all(isinstance(id_, int) for id_ in ids):
+            raise UserError(
+                f"eos_token_id must be a number or a list of numbers, got {given!r} in a "
+                f"{type(owner).__name__}"
+            )
+        found |= dict.fromkeys(id_ for id_ in ids if id_ >= 0)
     return tuple(found)
 
 

@@ -18,6 +18,7 @@ from tess.decoders.load import load_decoder
 from tess.decoders.options import SamplerOptions
 from tess.decoders.verified import DraftVerifyDecoder
 from tess.denoiser import TessDenoiser
+from tess.errors import UserError
 from tess.schedulers.renoising import RenoisingScheduler
 from tess.storage.parts import Parts, load_parts, own_fields, save_parts
 from tess.text.end_tokens import end_tokens
@@ -203,6 +204,27 @@ def test_generation_settings_are_honoured_or_ignored_and_both_are_said(released,
     assert want != oracle(released, 2)
     assert [g.token_ids for g in decoder.generate_ids(ROWS)] == want
     assert decoder.model.generation_config.num_beams == 4  # and is saved again
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"repetition_penalty": -1.0}, r"repetition_penalty=-1.0 from gen.* cannot be honoured: "),
+    ({"stop_strings": [1]}, r"stop_strings=\[1\] from gen.* cannot be honoured"),
+    ({"eos_token_id": ["2"]}, r"eos_token_id must be a number or a list of numbers, got \['2'\]"),
+])
+def test_a_setting_that_cannot_be_honoured_is_one_sentence(released, tmp_path, settings, message):
+    shutil.copytree(released, tmp_path / "a")
+    edit(tmp_path / "a" / "generation_config.json", **settings)
+    with pytest.raises(UserError, match=message) as caught:
+        load_decoder(tmp_path / "a").generate(["a cat"])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [0, -1, "long"])
+def test_a_longest_source_that_is_none_is_one_sentence(released, value):
+    decoder = load_decoder(released)
+    decoder.tokenizer.model_max_length = value
+    with pytest.raises(UserError, match=f"must be a number of at least 1, got {value!r}"):
+        decoder.generate(["a cat"])
 
 
 def test_a_folder_trained_here_says_nothing_of_its_generation_settings(released, tmp_path, caplog):

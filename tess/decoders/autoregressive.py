@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -22,12 +23,13 @@ from tess.decoders.base import Decoder, Description, Generation, Sources
 from tess.decoders.generation_settings import GenerationSettings, only_given_options
 from tess.errors import UserError
 from tess.kernels import random
+from tess.sampling.request import Request
 from tess.schedulers.renoising import sample_nucleus
 from tess.storage.parts import Parts
 from tess.text.end_tokens import end_tokens
 from tess.text.padding import pad_left
 from tess.text.prompts import check_chat, encode_chats, encode_prompts
-from tess.text.tokenization import cut_sources, surplus_ids
+from tess.text.tokenization import surplus_ids
 
 logger = logging.getLogger(__name__)
 
@@ -92,18 +94,17 @@ class ArDecoder(Decoder):
 
     def encode(self, texts: Sequence[str], strict: bool = False, warn: bool = True) -> Sources:
         """As `Decoder.encode`; a chat that is too long is refused, its template would be cut."""
-        if self.closes_sources:
-            return super().encode(texts, strict, warn)
-        longest = self.max_source_length
-        rows = (encode_chats if self.chat else encode_prompts)(self.tokenizer, texts)
-        num_cut = 0 if longest is None else sum(len(row) > longest for row in rows)
-        kept = cut_sources(rows, longest, strict or self.chat, warn, closed=False)
-        return Sources(kept, num_cut)
+        return super().encode(texts, strict or self.chat, warn)
 
     @property
     def closes_sources(self) -> bool:
-        """Whether an end token stands between the source and what is written."""
+        """So in what was trained here, and in no other causal model."""
         return self.model.config.eos_after_source and not self.chat
+
+    def _lay_out(self, texts: Sequence[str]) -> list[list[int]]:
+        if self.closes_sources:
+            return super()._lay_out(texts)
+        return (encode_chats if self.chat else encode_prompts)(self.tokenizer, texts)
 
     def describe(self) -> Description:
         return Description(generation_config=self.settings.report())
@@ -112,13 +113,14 @@ class ArDecoder(Decoder):
         return ar_flops(self.model.config, source_length, text.nfe)
 
     def _batch(
-        self, rows, keys, num_inference_steps, gen_length, top_p, temperature
+        self, rows: list[list[int]], keys: Tensor, request: Request
     ) -> list[Generation]:
-        if gen_length is not None and not isinstance(gen_length, int):
+        longest = request.gen_length
+        if longest is not None and not isinstance(longest, Integral):
             raise UserError(
                 "decoders that go token by token take one gen_length for all sources, got one each"
             )
-        if num_inference_steps is not None:
+        if request.num_inference_steps is not None:
             raise UserError(
                 "num_inference_steps belongs to the tess decoder; ar takes one evaluation per "
                 "token, and ar+mtp fewer"
@@ -129,9 +131,11 @@ class ArDecoder(Decoder):
         choice = LogitsProcessorList()
         if surplus := surplus_ids(self.tokenizer, self.model.config.vocab_size):
             choice.append(SuppressTokensLogitsProcessor(surplus, device=device))
-        if top_p is not None:
-            choice.append(_KeyedNucleus(keys.to(device), width, top_p, temperature))
-        longest = gen_length or self.model.generation_config.max_new_tokens or 128
+        if request.top_p is not None:
+            choice.append(
+                _KeyedNucleus(keys.to(device), width, request.top_p, request.temperature)
+            )
+        longest = longest or self.model.generation_config.max_new_tokens or 128
         settings = dict(self.settings.honoured)
         strings, stops = settings.pop("stop_strings", None), StoppingCriteriaList()
         with only_given_options(self.model), self.settings.checked():

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tess.costs.decoding import DecodingCost
-from tess.sampling.options import check_count
+from tess.options import check_count
 from tess.sampling.request import Request
 from tess.sampling.sources import seeded_keys
 from tess.storage.parts import Parts

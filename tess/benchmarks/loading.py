@@ -72,22 +72,3 @@ def benchmark_loading(megabytes: int = 400, shard_megabytes: int = 100) -> dict[
         "rows": rows,
         "environment": environment(),
     }
-
-
-def format_loading(result: dict[str, Any]) -> str:
-    """The figures as a Markdown table under one line that says what was measured."""
-    env = result["environment"]
-    lines = [
-        f"loading: {result['tensor_bytes'] / 1e6:.0f} MB of bfloat16 tensors in {result['shards']} "
-        f"shards, one tensor per expert; torch {env['torch']}, transformers "
-        f"{env['transformers']}, {env['processor']}, {env['date']}",
-        "",
-        "| system | peak memory, MB | of the tensors' size | seconds |",
-        "|---|---|---|---|",
-    ]
-    for row in result["rows"]:
-        lines.append(
-            f"| {row['system']} | {row['peak'] / 1e6:.0f} | {row['peak_share']:.2f} | "
-            f"{row['seconds']:.2f} |"
-        )
-    return "\n".join(lines)

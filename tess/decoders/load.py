@@ -7,9 +7,10 @@ import torch
 
 from tess.backbones.causal_lm import DRAFT_TOKENS
 from tess.decoders.autoregressive import ArDecoder, ArMtpDecoder
-from tess.decoders.base import DECODERS, Decoder
+from tess.decoders.base import Decoder
 from tess.decoders.beam_search import BeamDecoder, wants_beams
 from tess.decoders.diffusion import TessDecoder
+from tess.decoders.options import DECODERS
 from tess.decoders.verified import DraftVerifyDecoder
 from tess.errors import UserError
 from tess.sampling.options import SamplerOptions

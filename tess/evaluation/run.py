@@ -6,7 +6,6 @@ The keys of `report.json` are stable and documented in `docs/evaluation.md`.
 import json
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -192,17 +191,16 @@ def _write(
         kept = PartialTexts(partial, depends_on)
     finished = dict(kept.finished) if kept else {}
     start = last = time.perf_counter()
-    bar = Progress(len(rows.sources), "writing", "texts", done=len(finished))
+    bar = Progress(len(rows.sources), "writing", "texts", done=len(finished), show=progress)
 
     def on_batch(batch: Mapping[int, Generation]) -> None:
         nonlocal last
         before, last = last, time.perf_counter()
         if kept:
             kept.add(batch, last - before)
-        if progress:
-            bar.advance(len(batch))
+        bar.advance(len(batch))
 
-    with bar if progress else nullcontext():
+    with bar:
         texts = decoder.generate(rows.sources, **options, on_batch=on_batch, finished=finished)
     seconds = time.perf_counter() - start + (kept.seconds if kept else 0.0)
     assert len(texts) == len(rows.sources), "a decoder gives one text per source"

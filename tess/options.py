@@ -30,6 +30,17 @@ def option(default: Any, help: str, **more: Any) -> Any:
     return field(default=default, metadata={"help": help, **more})
 
 
+def check_seed(seed: int) -> int:
+    """The seed itself.
+
+    Raises:
+        UserError: no integer, or one that torch's generators do not take.
+    """
+    if not isinstance(seed, int) or isinstance(seed, bool) or not -(2**63) <= seed < 2**64:
+        raise UserError(f"a seed must be an integer from -2^63 to 2^64 - 1, got {seed!r}")
+    return seed
+
+
 def known_keys(given: Mapping[Any, Any], known: Collection[str], where: str) -> None:
     """Raises UserError, with near matches, for a key that is not among `known`."""
     for key in given:

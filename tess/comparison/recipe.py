@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from tess.data.tasks.catalog import DEFAULT_DATASET, get_task
-from tess.decoders.base import DECODERS
 from tess.decoders.beam_search import wants_beams
+from tess.decoders.options import DECODERS
 from tess.errors import UserError
 from tess.metrics.catalog import get_protocol
 from tess.options import decode, known_keys, read_bytes, read_config, values_of

@@ -11,6 +11,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from tess.backbones.damage import fault_in
 from tess.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -82,8 +83,8 @@ def load_tokenizer(
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(name_or_path))
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
+    except Exception as error:  # transformers lets through whatever its readers stumble over
+        reason = fault_in(Path(name_or_path)) or " ".join(str(error).split())[:200]
         raise UserError(f"no tokenizer could be loaded from {name_or_path}: {reason}") from error
     check_tokenizer(tokenizer, vocab_size)
     return tokenizer

@@ -30,6 +30,7 @@ from tess.decoders.drafts import REDRAFTS, DiffusionDrafts
 from tess.errors import UserError
 from tess.kernels.speculative import match_drafts
 from tess.sampling.options import SamplerOptions
+from tess.sampling.request import Request
 from tess.storage.parts import Parts
 
 DRAFT_STEPS = 1
@@ -328,13 +329,14 @@ class DraftVerifyDecoder(Decoder):
         )
 
     def _batch(
-        self, rows, keys, num_inference_steps, gen_length, top_p, temperature
+        self, rows: list[list[int]], keys: Tensor, request: Request
     ) -> list[Generation]:
-        if num_inference_steps is None:
-            num_inference_steps = self.default_num_inference_steps
-        drafts = DiffusionDrafts(self.writer, rows, keys, num_inference_steps, self.redraft)
+        steps = request.num_inference_steps
+        if steps is None:
+            steps = self.default_num_inference_steps
+        drafts = DiffusionDrafts(self.writer, rows, keys, steps, self.redraft)
         written = _Verifier(self.parts, drafts)._batch(
-            rows, keys, None, gen_length, top_p, temperature
+            rows, keys, replace(request, num_inference_steps=None)
         )
         return [
             replace(text, nfe=text.nfe + drafted, canvas_length=length)

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from tess.backbones.causal_lm import DRAFT_TOKENS
+from tess.backbones.damage import fault_in
 from tess.decoders.autoregressive import ArDecoder, ArMtpDecoder
 from tess.decoders.base import Decoder
 from tess.decoders.beam_search import BeamDecoder, wants_beams
@@ -68,6 +69,8 @@ def load_decoder(
     folder = local_folder(checkpoint)
     found = find_checkpoints(folder)
     if not found:
+        if fault := fault_in(folder):
+            raise UserError(fault)
         raise UserError(
             f"{folder} is not a checkpoint: expected model_index.json (tess), a hybrid causal "
             "model's config.json (ar), or folders tess/ or ar/"

@@ -19,7 +19,8 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from tess.backbones.causal_lm import HybridForCausalLM
 from tess.backbones.checkpoint import load_checkpoint, tensor_names
 from tess.backbones.config import HybridConfig
-from tess.backbones.released import MODEL_TYPE, load_released, read_released_config
+from tess.backbones.damage import fault_in
+from tess.backbones.released import MODEL_TYPE, load_released, mtp_blocks, read_released_config
 from tess.config import TessConfig
 from tess.denoiser import TessDenoiser
 from tess.errors import UserError
@@ -90,6 +91,8 @@ def load_parts(
     folder = Path(folder)
     kind = kind_of(folder)
     if kind is None:
+        if fault := fault_in(folder):
+            raise UserError(fault)
         raise UserError(
             f"{folder} is not a checkpoint: expected a folder with model_index.json (tess), or "
             f"with a config.json of model_type {' or '.join(map(repr, CAUSAL_TYPES))} (ar)"
@@ -110,14 +113,16 @@ def load_parts(
             model = _load_causal(folder, dtype, device)
             settings = (model.config, model.generation_config)
             parts = Parts(model, load_tokenizer(folder, *settings))
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+    except (OSError, SafetensorError, ValueError) as error:
+        if fault := fault_in(folder):
+            raise UserError(fault) from error
+        if isinstance(error, UserError):
+            raise
+        if isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError):
+            raise UserError(str(error)) from error  # strict loading names the tensors
         raise UserError(
             f"the checkpoint {folder} cannot be read: {' '.join(str(error).split())}"
         ) from error
-    except UserError:
-        raise
-    except ValueError as error:  # strict loading names the tensors
-        raise UserError(str(error)) from error
     share_end_tokens(parts.tokenizer, *settings)
     return parts
 
@@ -126,14 +131,14 @@ def _load_causal(
     folder: Path, dtype: torch.dtype | None, device: torch.device | str
 ) -> HybridForCausalLM:
     if _read_mapping(folder / "config.json")["model_type"] == MODEL_TYPE:
-        mtp = any(name.startswith("mtp.") for name in tensor_names(folder))
-        named = read_released_config(folder).num_nextn_predict_layers > 0
-        if named and not mtp:
+        config = read_released_config(folder)
+        blocks = mtp_blocks(config, tensor_names(folder))
+        if blocks > 1 or (config.num_nextn_predict_layers and not blocks):
             logger.warning(
-                "%s names a multi-token predictor, but has no weights of one: it is read without",
-                folder / "config.json",
+                "%s has weights of %d multi-token predictors, and one is needed: it is read "
+                "without", folder, blocks,
             )
-        return load_released(folder, dtype=dtype, device=device, mtp=mtp or not named)
+        return load_released(folder, dtype=dtype, device=device, mtp=blocks == 1)
     config = read_config(folder, HybridConfig)
     return load_checkpoint(HybridForCausalLM, config, folder, dtype=dtype, device=device)
 

@@ -12,6 +12,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from tess.backbones.damage import fault_in
 from tess.errors import UserError
 from tess.text.end_tokens import before_end, end_tokens, remember_end_tokens
 
@@ -85,7 +86,8 @@ def load_tokenizer(name_or_path: str | Path, *configs: Any) -> PreTrainedTokeniz
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(name_or_path))
     except Exception as error:  # transformers lets through whatever its readers stumble over
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = fault_in(Path(name_or_path)) or " ".join(str(error).split())[:200]
+        reason = reason or type(error).__name__
         raise UserError(f"no tokenizer could be loaded from {name_or_path}: {reason}") from error
     if configs:
         fit_tokenizer(tokenizer, *configs)

@@ -2,6 +2,7 @@
 
 # B examples, N candidates of each, S source positions, L target positions, V vocabulary, H hidden
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -31,8 +32,11 @@ from tess.sampling.writer import Writer, check_batch, check_canvas, target_lengt
 from tess.schedulers import family  # noqa: F401  diffusers loads components from imported modules
 from tess.schedulers.base import SimplexScheduler
 from tess.schedulers.stopping import text_mask
+from tess.text.alphabet import warn_of_strange_texts
 from tess.text.padding import right_mask
 from tess.text.tokenization import check_tokenizer, cut_sources, decode, encode_sources
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_INFERENCE_STEPS = 16
 """Or the scheduler's training steps, where these are fewer."""
@@ -89,7 +93,7 @@ class TessPipeline(DiffusionPipeline):
         check_tokenizer(tokenizer, denoiser.config.vocab_size)
         check_scheduler(scheduler, denoiser.config)
         self.register_modules(denoiser=denoiser, scheduler=scheduler, tokenizer=tokenizer)
-        self._interrupt, self._num_timesteps = False, 0
+        self._interrupt, self._num_timesteps, self._warned = False, 0, False
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> "TessPipeline":
@@ -248,6 +252,7 @@ class TessPipeline(DiffusionPipeline):
             raise UserError("pass at most one of num_inference_steps and timesteps")
         if timesteps is None and steps is None:
             steps = self.default_num_inference_steps
+        self._warn_of_guidance(options)
         scheduler.set_timesteps(steps, device=device, timesteps=timesteps)
         self._num_timesteps = len(scheduler.timesteps)
         self._interrupt = False
@@ -264,6 +269,17 @@ class TessPipeline(DiffusionPipeline):
             interrupted=lambda: self.interrupt,
             **watched,
         )
+
+    def _warn_of_guidance(self, options: SamplerOptions) -> None:
+        """Once: guidance that a model has not learned."""
+        learned = self.denoiser.config.source_drop_probability
+        if options.guidance_scale > 1 and not learned and not self._warned:
+            self._warned = True
+            said = "does not say that it was" if learned is None else "was not"
+            logger.warning(
+                "guidance_scale %g compares with the empty source, and this model %s trained on "
+                "it (--source_drop_probability above 0)", options.guidance_scale, said,
+            )
 
     def _hook(
         self,
@@ -301,6 +317,7 @@ class TessPipeline(DiffusionPipeline):
                     f"prompt must be a string or a list of strings, got {type(strange[0]).__name__}"
                 )
             rows = encode_sources(self.tokenizer, prompts, longest, strict)
+            warn_of_strange_texts(self.tokenizer, prompts)
         else:
             rows = id_rows(input_ids, self.tokenizer, self.denoiser.config.vocab_size)
             rows = cut_sources(rows, longest, strict)

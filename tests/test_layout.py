@@ -43,7 +43,7 @@ ROOMS = {
     "costs": {"text", *MODEL, "storage"},
     "decoders": {"text", "sampling", "pipeline", "storage", "costs.decoding"},
     "training": {"text", "data", *MODEL, "sampling", "pipeline", "storage", "decoders"},
-    "evaluation": {"text", "data", "metrics", "costs.machine", "storage.files"},
+    "evaluation": {"text", "data", "metrics", "costs.machine", "storage.files", "storage.kept"},
 }
 BELOW = {"cli", *ROOMS}
 ROOMS |= {"comparison": BELOW, "benchmarks": BELOW}

@@ -229,13 +229,13 @@ def _block_rows(pattern: str, length: int, batch: int, repeats: int) -> list[dic
     for dtype in DTYPES:
         with _autocast(dtype):
             cache = HybridCache()
-            ours(input_ids=ids[:, :length], past_key_values=cache, mode="prefix")
+            ours(input_ids=ids[:, :length], cache=cache, mode="prefix")
             again = lambda: _hidden(rival, ids)  # noqa: E731
             times = time_turns(
                 {
                     "ours": lambda: ours(
                         input_ids=ids[:, length:],
-                        past_key_values=cache,  # noqa: B023
+                        cache=cache,  # noqa: B023
                         mode="denoise",
                     ),
                     "rival": rival_at(CHUNK_RIVAL, again),

@@ -11,8 +11,9 @@ from typing import Any
 from tess.benchmarks.decoding import packaged_sources
 from tess.benchmarks.turns import checkpoint_label
 from tess.costs.machine import environment
-from tess.decoders.base import DECODERS, Decoder, Generation
+from tess.decoders.base import Decoder, Generation
 from tess.decoders.load import load_decoder
+from tess.decoders.options import DECODERS
 from tess.decoders.verified import DraftVerifyDecoder
 
 Batches = list[list[list[int]]]

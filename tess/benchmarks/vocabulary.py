@@ -23,7 +23,7 @@ from torch import Tensor
 from tess.backbones.config import HybridConfig
 from tess.benchmarks.turns import HIDDEN_256, time_pairs
 from tess.config import TessConfig
-from tess.costs.machine import environment
+from tess.costs.machine import environment, forget_resident_peak, resident_peak
 from tess.denoiser import TessDenoiser
 from tess.kernels.order_statistics import MomentsCache, embedding_moments
 from tess.kernels.simplex_embedding import simplex_embedding
@@ -310,12 +310,7 @@ def measure_peak(part: str, system: str, vocab_size: int, dtype: str, seed: int)
         for parameter in model.denoiser.parameters():
             parameter.grad = torch.zeros_like(parameter)
 
-    def highest() -> int:
-        lines = open("/proc/self/status").read().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # the peak so far is forgotten
-    before = highest()
+    forget_resident_peak()
+    before = resident_peak()
     model.run(part, system)()
-    print(json.dumps(highest() - before))
+    print(json.dumps(resident_peak() - before))

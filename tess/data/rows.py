@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from tess.data.delimited import read_delimited
-from tess.data.parquet import read_parquet
 from tess.errors import UserError
 from tess.options import decode, read_bytes, unique_keys
 from tess.text.visible import is_blank
@@ -127,6 +126,8 @@ def _read_records(path: Path, columns: tuple[str, ...]) -> Iterator[Record]:
     """Every record of `path` as (place, dict); each has all of `columns`."""
     kind = _kind(path, FORMATS)
     if kind == ".parquet":
+        from tess.data.parquet import read_parquet  # pyarrow takes half a second to load
+
         records = read_parquet(_read_bytes(path), path, columns)
     elif kind in (".csv", ".tsv"):
         rows = read_delimited(_read_text(path), "," if kind == ".csv" else "\t", path)

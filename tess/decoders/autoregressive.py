@@ -1,5 +1,6 @@
 """The `ar` and `ar+mtp` decoders: token by token, or several checked at a time."""
 
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from tess.costs.decoding import ar_flops, mtp_flops
 from tess.decoders.base import Decoder, Description, Generation
 from tess.errors import UserError
 from tess.kernels import random
+from tess.sampling.request import Request
 from tess.schedulers.renoising import sample_nucleus
 from tess.storage.parts import Parts
 from tess.text.padding import pad_left
@@ -55,13 +57,14 @@ class ArDecoder(Decoder):
         return ar_flops(self.model.config, source_length, text.nfe)
 
     def _batch(
-        self, rows, keys, num_inference_steps, gen_length, top_p, temperature
+        self, rows: list[list[int]], keys: Tensor, request: Request
     ) -> list[Generation]:
-        if gen_length is not None and not isinstance(gen_length, int):
+        longest = request.gen_length
+        if longest is not None and not isinstance(longest, Integral):
             raise UserError(
                 "decoders that go token by token take one gen_length for all sources, got one each"
             )
-        if num_inference_steps is not None:
+        if request.num_inference_steps is not None:
             raise UserError(
                 "num_inference_steps belongs to the tess decoder; ar takes one evaluation per "
                 "token, and ar+mtp fewer"
@@ -70,13 +73,15 @@ class ArDecoder(Decoder):
         device = self.model.device
         width = source["source_ids"].shape[1]
         choice = LogitsProcessorList()
-        if top_p is not None:
-            choice.append(_KeyedNucleus(keys.to(device), width, top_p, temperature))
+        if request.top_p is not None:
+            choice.append(
+                _KeyedNucleus(keys.to(device), width, request.top_p, request.temperature)
+            )
         return self._write(
             width,
             input_ids=source["source_ids"].to(device),
             attention_mask=source["source_mask"].to(device),
-            max_new_tokens=gen_length or self.model.generation_config.max_new_tokens or 128,
+            max_new_tokens=longest or self.model.generation_config.max_new_tokens or 128,
             pad_token_id=self.tokenizer.pad_token_id,
             eos_token_id=self.tokenizer.eos_token_id,
             do_sample=False,

@@ -7,22 +7,19 @@ as `ar` too, from whole drafts by `tess`.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.utils import logging as transformers_logging
 
 from tess.costs.decoding import DecodingCost
-from tess.errors import UserError
+from tess.sampling.options import check_count
 from tess.sampling.request import Request
-from tess.sampling.sources import draw_seed, example_keys
+from tess.sampling.sources import seeded_keys
 from tess.storage.parts import Parts
+from tess.text.alphabet import warn_of_strange_texts
 from tess.text.tokenization import cut_sources, decode, encode_sources
-
-DECODERS = ("tess", "ar", "ar+mtp", "tess+ar")
 
 
 @dataclass(frozen=True)
@@ -113,48 +110,36 @@ class Decoder(ABC):
         self,
         texts: list[str],
         *,
-        num_inference_steps: int | None = None,
-        gen_length: int | Sequence[int] | None = None,
         seed: int = 0,
         batch_size: int = 8,
-        top_p: float | None = None,
-        temperature: float = 1.0,
-        progress: bool = False,
         strict: bool = False,
         on_batch: OnBatch | None = None,
         finished: Mapping[int, Generation] | None = None,
+        **request: Any,
     ) -> list[Generation]:
         """Write one text for every source.
 
         Args:
             texts: sources; a too long one is cut with a warning, or refused with `strict`.
-            num_inference_steps: of tess; default 16, or all training steps where they are fewer.
-            gen_length: most new tokens, `</s>` included, for tess also one number per source;
-                default: by the checkpoint's length head or rule.
             seed: the same seed gives the same texts, in any batch size and order; equal sources get
                 texts of their own, in the order they come.
             batch_size: texts at once.
-            top_p: None takes the likeliest token; else the mass of the nucleus to sample from.
-            temperature: divides the logits; only with top_p.
-            progress: show a bar.
             on_batch: called after each batch.
             finished: texts of an earlier, equal call by the number of their source; a batch of
                 which all are there is not written again.
+            request: num_inference_steps, gen_length, top_p, temperature: the fields of
+                `tess.sampling.request.Request`. Steps and a length for each source are for tess.
 
         Raises:
             UserError: an empty text, or an argument out of range.
         """
         return self.generate_ids(
             self.encode(texts, strict).rows,
-            num_inference_steps=num_inference_steps,
-            gen_length=gen_length,
             seed=seed,
             batch_size=batch_size,
-            top_p=top_p,
-            temperature=temperature,
-            progress=progress,
             on_batch=on_batch,
             finished=finished,
+            **request,
         )
 
     def encode(self, texts: Sequence[str], strict: bool = False, warn: bool = True) -> Sources:
@@ -165,6 +150,8 @@ class Decoder(ABC):
         """
         longest = self.max_source_length
         rows = encode_sources(self.tokenizer, texts)
+        if warn:
+            warn_of_strange_texts(self.tokenizer, texts)
         num_cut = 0 if longest is None else sum(len(row) > longest for row in rows)
         return Sources(cut_sources(rows, longest, strict, warn), num_cut)
 
@@ -173,46 +160,31 @@ class Decoder(ABC):
         self,
         rows: Sequence[Sequence[int]],
         *,
-        num_inference_steps: int | None = None,
-        gen_length: int | Sequence[int] | None = None,
         seed: int = 0,
         batch_size: int = 8,
-        top_p: float | None = None,
-        temperature: float = 1.0,
-        progress: bool = False,
         on_batch: OnBatch | None = None,
         finished: Mapping[int, Generation] | None = None,
+        **request: Any,
     ) -> list[Generation]:
         """As `generate`, for sources as laid-out token ids."""
-        check_request(gen_length, len(rows), batch_size, top_p, temperature)
+        asked = Request(**request)
+        asked.lengths(len(rows))  # as many as there are sources
+        check_count("batch_size", batch_size)
         self.model.eval()
         # One key per source over all rows, so that its noise does not depend on the batches.
-        keys = example_keys(rows, draw_seed(torch.Generator().manual_seed(seed)))
+        keys = seeded_keys(rows, seed)
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         results = dict(finished or {})
-        bar = (
-            transformers_logging.tqdm(total=len(rows), desc=self.name, leave=False)
-            if progress
-            else nullcontext()
-        )
-        with bar:
-            for start in range(0, len(order), batch_size):
-                chosen = order[start : start + batch_size]
-                if all(i in results for i in chosen):
-                    continue
-                batch = [list(rows[i]) for i in chosen]
-                lengths = gen_length
-                if gen_length is not None and not isinstance(gen_length, int):
-                    lengths = [gen_length[i] for i in chosen]
-                written = self._batch(
-                    batch, keys[chosen], num_inference_steps, lengths, top_p, temperature
-                )
-                done = dict(zip(chosen, written, strict=True))
-                results |= done
-                if on_batch is not None:
-                    on_batch(done)
-                if progress:
-                    bar.update(len(chosen))
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            if all(i in results for i in chosen):
+                continue
+            batch = [list(rows[i]) for i in chosen]
+            written = self._batch(batch, keys[chosen], asked.select(chosen))
+            done = dict(zip(chosen, written, strict=True))
+            results |= done
+            if on_batch is not None:
+                on_batch(done)
         return [results[i] for i in range(len(rows))]
 
     def _generation(self, ids: list[int], nfe: int | None = None, **drafts: int) -> Generation:
@@ -249,29 +221,6 @@ class Decoder(ABC):
 
     @abstractmethod
     def _batch(
-        self,
-        rows: list[list[int]],
-        keys: Tensor,
-        num_inference_steps: int | None,
-        gen_length: int | Sequence[int] | None,
-        top_p: float | None,
-        temperature: float,
+        self, rows: list[list[int]], keys: Tensor, request: Request
     ) -> list[Generation]:
         """Write one text for every row, in one batch."""
-
-
-def check_request(
-    gen_length: int | Sequence[int] | None,
-    rows: int,
-    batch_size: int,
-    top_p: float | None,
-    temperature: float,
-) -> None:
-    lengths = [gen_length] if isinstance(gen_length, int) else list(gen_length or [1])
-    if min(lengths) < 1:
-        raise UserError(f"gen_length must be at least 1, got {min(lengths)}")
-    if gen_length is not None and not isinstance(gen_length, int) and len(lengths) != rows:
-        raise UserError(f"gen_length must be one number or {rows}, got {len(lengths)}")
-    if batch_size < 1:
-        raise UserError(f"batch_size must be at least 1, got {batch_size}")
-    Request(top_p=top_p, temperature=temperature)

@@ -11,6 +11,7 @@ from tess.backbones.causal_lm import HybridForCausalLM
 from tess.decoders.autoregressive import ArDecoder
 from tess.decoders.base import Description, Generation
 from tess.errors import UserError
+from tess.sampling.request import Request
 from tess.storage.parts import Parts
 
 LENGTH_PENALTY = 1.0
@@ -54,14 +55,14 @@ class BeamDecoder(ArDecoder):
         return self.num_beams * super()._flops(source_length, text)
 
     def _batch(
-        self, rows, keys, num_inference_steps, gen_length, top_p, temperature
+        self, rows: list[list[int]], keys: Tensor, request: Request
     ) -> list[Generation]:
-        if top_p is not None:
+        if request.top_p is not None:
             raise UserError(
                 f"top_p samples and num_beams {self.num_beams} searches for the likeliest text; "
                 "give one of them"
             )
-        return super()._batch(rows, keys, num_inference_steps, gen_length, top_p, temperature)
+        return super()._batch(rows, keys, request)
 
     def _write(self, width: int, **options: Any) -> list[Generation]:
         with _search_steps(self.model) as steps:

@@ -7,9 +7,10 @@ import torch
 
 from tess.backbones.causal_lm import DRAFT_TOKENS
 from tess.decoders.autoregressive import ArDecoder, ArMtpDecoder
-from tess.decoders.base import DECODERS, Decoder
+from tess.decoders.base import Decoder
 from tess.decoders.beam_search import BeamDecoder, wants_beams
 from tess.decoders.diffusion import TessDecoder
+from tess.decoders.options import DECODERS
 from tess.decoders.verified import DraftVerifyDecoder
 from tess.errors import UserError
 from tess.sampling.options import SamplerOptions
@@ -60,13 +61,13 @@ def load_decoder(
     if num_draft_tokens is not None and decoder != ArMtpDecoder.name:
         raise UserError("num_draft_tokens belongs to the ar+mtp decoder")
     folder = local_folder(checkpoint)
-    found = _find(folder)
+    found = find_checkpoints(folder)
     if not found:
         raise UserError(
             f"{folder} is not a checkpoint: expected model_index.json (tess), a hybrid causal "
             "model's config.json (ar), or folders tess/ or ar/"
         )
-    name = decoder or next(name for name in DECODERS if name in found)
+    name = decoder or next(iter(found))
     kind, *verifier = name.removesuffix("+mtp").split("+")
     if not {kind, *verifier} <= set(found):
         raise UserError(f"{folder} has no decoder {name!r}; it has {', '.join(found)}")
@@ -88,7 +89,7 @@ def load_decoder(
     return make_decoder(parts, options)
 
 
-def _find(folder: Path) -> dict[str, Path]:
+def find_checkpoints(folder: Path) -> dict[str, Path]:
     """The checkpoints at or below `folder`, by decoder."""
     if kind := kind_of(folder):
         return {kind: folder}

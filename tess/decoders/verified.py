@@ -30,6 +30,7 @@ from tess.decoders.drafts import REDRAFTS, DiffusionDrafts
 from tess.errors import UserError
 from tess.kernels.speculative import match_drafts
 from tess.sampling.options import SamplerOptions
+from tess.sampling.request import Request
 from tess.storage.parts import Parts
 
 DRAFT_STEPS = 1
@@ -123,7 +124,7 @@ class _Rounds:
     def start(self, attention_mask: Tensor | None) -> None:
         """Read the sources; that gives the first token."""
         out = self.model.backbone(
-            self.input_ids, attention_mask=attention_mask, past_key_values=self.cache
+            self.input_ids, attention_mask=attention_mask, cache=self.cache
         )
         drafts = [[] for _ in self.active]
         targets_A1 = self._targets(out.last_hidden_state[:, -1:], drafts)
@@ -140,7 +141,7 @@ class _Rounds:
         )
         last = [[self.texts[row].token_ids[-1]] for row in self.active]
         block_AL = torch.cat([drafts_AK.new_tensor(last), drafts_AK.clamp(min=0)], dim=1)
-        out = self.model.backbone(block_AL, past_key_values=self.cache, mode="verify")
+        out = self.model.backbone(block_AL, cache=self.cache, mode="verify")
         targets_AL = self._targets(out.last_hidden_state, drafts)
         counts_A, next_A = match_drafts(drafts_AK, targets_AL)
         self.cache.advance(out.record, counts_A + 1)
@@ -328,13 +329,14 @@ class DraftVerifyDecoder(Decoder):
         )
 
     def _batch(
-        self, rows, keys, num_inference_steps, gen_length, top_p, temperature
+        self, rows: list[list[int]], keys: Tensor, request: Request
     ) -> list[Generation]:
-        if num_inference_steps is None:
-            num_inference_steps = self.default_num_inference_steps
-        drafts = DiffusionDrafts(self.writer, rows, keys, num_inference_steps, self.redraft)
+        steps = request.num_inference_steps
+        if steps is None:
+            steps = self.default_num_inference_steps
+        drafts = DiffusionDrafts(self.writer, rows, keys, steps, self.redraft)
         written = _Verifier(self.parts, drafts)._batch(
-            rows, keys, None, gen_length, top_p, temperature
+            rows, keys, replace(request, num_inference_steps=None)
         )
         return [
             replace(text, nfe=text.nfe + drafted, canvas_length=length)

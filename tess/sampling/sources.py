@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tess.backbones.cache import HybridCache
 from tess.errors import UserError
+from tess.options import check_seed
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +83,15 @@ def example_keys(sources: Sequence[Sequence[int]], seed: int) -> Tensor:
         keys.append(_hash(f"{seed}:{seen[row]}:{','.join(map(str, row))}"))
         seen[row] += 1
     return torch.tensor(keys, dtype=torch.long)
+
+
+def seeded_keys(sources: Sequence[Sequence[int]], seed: int) -> Tensor:
+    """`example_keys` of a seed that a user gave, as `draw_seed` has it of its generator.
+
+    Raises:
+        UserError: a seed that is no integer of 64 bits.
+    """
+    return example_keys(sources, draw_seed(torch.Generator().manual_seed(check_seed(seed))))
 
 
 def derived_keys(keys: Tensor, count: int, purpose: str) -> Tensor:

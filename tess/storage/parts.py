@@ -102,7 +102,7 @@ def load_parts(
                     TessDenoiser, config, folder / "denoiser", dtype=dtype, device=device
                 ),
                 tokenizer=load_tokenizer(folder / "tokenizer"),
-                scheduler=scheduler_class.from_pretrained(folder / "scheduler"),
+                scheduler=_load_scheduler(scheduler_class, folder / "scheduler"),
             )
         else:
             parts = Parts(
@@ -152,6 +152,14 @@ def read_config(folder: Path, kind: type[TessConfig] | type[HybridConfig]) -> An
     try:
         return kind.from_pretrained(folder)
     except (StrictDataclassError, TypeError, ValueError) as error:
+        raise UserError(f"{path} cannot be used: {' '.join(str(error).split())}") from error
+
+
+def _load_scheduler(kind: type[SimplexScheduler], folder: Path) -> SimplexScheduler:
+    try:
+        return kind.from_pretrained(folder)
+    except (TypeError, ValueError) as error:  # a setting that the class does not take
+        path = folder / "scheduler_config.json"
         raise UserError(f"{path} cannot be used: {' '.join(str(error).split())}") from error
 
 

@@ -2,6 +2,7 @@
 
 tokenization   train a byte-level BPE, load any tokenizer, lay out source and target
 padding        rows of token ids made equally long, with their masks
+alphabet       letters that a tokenizer was not trained on
 sentences      sentence boundaries by rule: nothing to download
 detokenize     undo Penn-Treebank-style tokenisation
 visible        whether a text has anything to see

@@ -17,7 +17,7 @@ from tess.decoders.load import load_decoder
 from tess.errors import UserError
 from tess.metrics.scores import score
 from tess.pipeline import TessPipeline
-from tess.sampling.sources import draw_seed, example_keys
+from tess.sampling.sources import seeded_keys
 from tess.sampling.steps import StepTrace
 from tess.schedulers.family import SAMPLERS
 from tess.schedulers.stopping import StoppingRule, text_mask
@@ -168,7 +168,7 @@ class Trials:
         gen_length: one canvas length for all, or one for each row. call: further arguments of the
         pipeline.
         """
-        keys = example_keys(self.rows, draw_seed(torch.Generator().manual_seed(seed)))
+        keys = seeded_keys(self.rows, seed)
         results = [Texts([], [], [], []) for _ in range(1 + len(rules))]
         batches = self.batches() if batches is None else batches
         for chosen in batches:

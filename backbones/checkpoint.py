@@ -87,12 +87,19 @@ def load_checkpoint(
     reader.close()
     _initialise_new(model)
     model.tie_weights()
-    if model.can_generate() and (folder / GENERATION_FILE).is_file():
-        model.generation_config = _generation_config(folder)
+    if model.can_generate() and (settings := read_generation_config(folder)) is not None:
+        model.generation_config = settings
     return model.eval()
 
 
-def _generation_config(folder: Path) -> GenerationConfig:
+def read_generation_config(folder: Path) -> GenerationConfig | None:
+    """What is in the folder's generation_config.json, if there is one.
+
+    Raises:
+        ValueError: a file that cannot be read.
+    """
+    if not (folder / GENERATION_FILE).is_file():
+        return None
     try:
         return GenerationConfig.from_pretrained(folder)
     except Exception as error:  # transformers lets through whatever its reader stumbles over

@@ -65,6 +65,7 @@ def read_released_config(folder: str | Path) -> HybridConfig:
     if "dtype" not in fields and "torch_dtype" in fields:
         fields["dtype"] = fields.pop("torch_dtype")
     fields.pop("auto_map", None)  # names remote code, which is not used
+    fields.setdefault("eos_after_source", False)  # only what was trained here says that
     for name in _MAY_BE_NULL:
         if fields.get(name, 0) is None:
             del fields[name]
@@ -184,6 +185,8 @@ def released_fields(config: HybridConfig, dtype: torch.dtype) -> dict[str, Any]:
     fields["tie_word_embeddings"] = False
     for name in (*_OURS_ALONE, *_HISTORY):
         fields.pop(name, None)
+    if not config.eos_after_source:  # as in every release
+        del fields["eos_after_source"]
     return {
         "architectures": ["NemotronHForCausalLM"],
         "model_type": MODEL_TYPE,

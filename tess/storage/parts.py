@@ -27,7 +27,8 @@ from tess.errors import UserError
 from tess.pipeline import TessPipeline
 from tess.schedulers.base import SimplexScheduler
 from tess.schedulers.family import SAMPLERS
-from tess.text.tokenization import check_tokenizer, load_tokenizer
+from tess.text.end_tokens import share_end_tokens
+from tess.text.tokenization import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -100,17 +101,18 @@ def load_parts(
         if kind == "tess":
             scheduler_class = _scheduler_class(folder)
             config = read_config(folder / "denoiser", TessConfig)
+            settings = (config.backbone_config,)
             parts = Parts(
                 model=load_checkpoint(
                     TessDenoiser, config, folder / "denoiser", dtype=dtype, device=device
                 ),
-                tokenizer=load_tokenizer(folder / "tokenizer"),
+                tokenizer=load_tokenizer(folder / "tokenizer", *settings),
                 scheduler=_load_scheduler(scheduler_class, folder / "scheduler"),
             )
         else:
-            parts = Parts(
-                model=_load_causal(folder, dtype, device), tokenizer=load_tokenizer(folder)
-            )
+            model = _load_causal(folder, dtype, device)
+            settings = (model.config, model.generation_config)
+            parts = Parts(model, load_tokenizer(folder, *settings))
     except (OSError, SafetensorError, ValueError) as error:
         if fault := fault_in(folder):
             raise UserError(fault) from error
@@ -121,7 +123,7 @@ def load_parts(
         raise UserError(
             f"the checkpoint {folder} cannot be read: {' '.join(str(error).split())}"
         ) from error
-    check_tokenizer(parts.tokenizer, parts.model.config.vocab_size)
+    share_end_tokens(parts.tokenizer, *settings)
     return parts
 
 

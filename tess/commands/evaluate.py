@@ -8,7 +8,7 @@ Writes report.json (keys: docs/evaluation.md), report.md and predictions.jsonl. 
 import argparse
 from collections.abc import Sequence
 
-from tess.cli import Parser, default_checkpoint, run
+from tess.cli import Parser, default_checkpoint, no_collection, run
 from tess.data.rows import load_rows
 from tess.data.tasks.catalog import DEFAULT_DATASET, TASKS, load_task
 from tess.decoders.options import add_sampler_flags, sampler_options
@@ -63,12 +63,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         data = {"file": None, "task": args.task, "dataset": dataset, "split": split}
     if args.bertscore and not args.protocol:
         raise UserError("--bertscore goes with --protocol")
-
-    from tess.decoders.load import load_decoder
-    from tess.evaluation import run as evaluation
-    from tess.evaluation.page import summary
-    from tess.metrics.bertscore import BertScore
-    from tess.storage.files import prepare_output_dir
+    with no_collection():
+        from tess.decoders.load import load_decoder
+        from tess.evaluation import run as evaluation
+        from tess.evaluation.page import summary
+        from tess.metrics.bertscore import BertScore
+        from tess.storage.files import prepare_output_dir
 
     bertscore = BertScore(args.bertscore) if args.bertscore else None
     folder = prepare_output_dir(args.output_dir)

@@ -66,7 +66,7 @@ class HybridConfig(PreTrainedConfig):
     """
 
     model_type = "tess_hybrid"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
 
     vocab_size: int = 131072
     hidden_size: int = 4096

@@ -141,7 +141,7 @@ class TessDenoiser(StrictPreTrainedModel):
         last_BH = self.backbone(
             inputs_embeds=self._embed_source(source_ids, source_mask, columns),
             attention_mask=mask,
-            past_key_values=cache,
+            cache=cache,
             mode="causal" if self.config.source_encoding == "causal" else "prefix",
         ).last_hidden_state[:, -1]
         if self.config.label_shift and mask is not None:  # a source of one token beside longer ones
@@ -207,7 +207,7 @@ class TessDenoiser(StrictPreTrainedModel):
         hidden_BLH = self.backbone(
             inputs_embeds=block_BNH,
             attention_mask=block_mask_BN,
-            past_key_values=cache,
+            cache=cache,
             mode="denoise",
         ).last_hidden_state[:, first : first + length]
         if labels is None:
@@ -240,7 +240,7 @@ class TessDenoiser(StrictPreTrainedModel):
         self.backbone(
             inputs_embeds=self._embed_source(source_ids, source_mask, columns),
             attention_mask=source_mask[:, columns],
-            past_key_values=cache,
+            cache=cache,
             mode="causal",
         )
 

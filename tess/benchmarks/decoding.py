@@ -28,7 +28,7 @@ Writes = Callable[[Tensor, Tensor], tuple[list[list[int]], dict[str, int]]]
 
 
 def benchmark_decoding(
-    checkpoint: Path,
+    checkpoint: str | Path,
     *,
     rows: int = 200,
     batch_sizes: Sequence[int] = (1, 8),
@@ -213,30 +213,3 @@ def _drafted(
         "drafted": int(out.num_drafted.sum()),
         "accepted": int(out.num_accepted.sum()),
     }
-
-
-def format_decoding(result: dict[str, Any]) -> str:
-    """The figures as a Markdown table under one line that says what was measured."""
-    env = result["environment"]
-
-    def cell(value: float | None, digits: int = 2) -> str:
-        return "–" if value is None else f"{value:.{digits}f}"
-
-    lines = [
-        f"decoding: greedy, {result['sources']} packaged sources, {result['checkpoint']} "
-        f"({result['parameters'] / 1e6:.1f} M parameters), {result['dtype']}, best of "
-        f"{result['repeats']}; torch {env['torch']}, transformers {env['transformers']}, "
-        f"{env['threads']} threads, {env['processor']}, {env['date']}",
-        "",
-        "| batch | system | ms per token | speed of ar = 1 | texts equal to ar's | "
-        "acceptance length | drafts that stay | tokens per evaluation |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in result["rows"]:
-        lines.append(
-            f"| {row['batch_size']} | {row['system']} | {cell(row['ms_per_token'])} | "
-            f"{cell(row['speedup'])} | {row['equal_texts']} of {result['sources']} | "
-            f"{cell(row['acceptance_length'])} | {cell(row['accepted_share'])} | "
-            f"{cell(row['tokens_per_forward'])} |"
-        )
-    return "\n".join(lines)

@@ -23,6 +23,7 @@ from tess.data.settings import DataArguments
 from tess.errors import UserError
 from tess.options import known_keys
 from tess.storage.files import write_atomically
+from tess.storage.kept import digest, digest_folder
 from tess.storage.parts import Parts, kind_of, own_fields
 from tess.training.place import TRAINER_STATE_FILE, read_state
 from tess.training.run import FINAL_FOLDER, train
@@ -299,30 +300,10 @@ def _tokenizer_digest(tokenizer: Any) -> str:
     if backend is not None:
         rules = {k: v for k, v in json.loads(backend.to_str()).items()
                  if k not in ("truncation", "padding")}
-    return hashlib.sha256(json.dumps([special, rules]).encode()).hexdigest()[:16]
+    return digest([special, rules])
 
 
 # ---- runs ----
-
-
-_HISTORY = {"is_local", "local_files_only", "name_or_path", "_name_or_path", "transformers_version"}
-"""Keys of JSON files that say how a file came to be there, not what it is."""
-
-
-def digest_folder(folder: Path) -> str:
-    """A hash over all files of a checkpoint, by name."""
-    digest = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        digest.update(str(path.relative_to(folder)).encode())
-        if path.suffix == ".json":
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if isinstance(content, dict):
-                content = {k: v for k, v in content.items() if k not in _HISTORY}
-            digest.update(json.dumps(content, sort_keys=True).encode())
-            continue
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:16]
 
 
 def updates_of(folder: Path) -> int | None:

@@ -6,7 +6,6 @@ AR arm wrote for the sources, greedily or with beams (Kim and Rush, arXiv 1606.0
 decoders Gu et al., arXiv 1711.02281).
 """
 
-import hashlib
 import json
 from collections.abc import Callable
 
@@ -18,7 +17,7 @@ from tess.data.texts import load_data
 from tess.decoders.load import load_decoder
 from tess.errors import UserError
 from tess.storage.files import write_atomically
-from tess.storage.kept import keep, kept
+from tess.storage.kept import digest, keep, kept
 
 BATCH_SIZE, CHUNK = 128, 2048
 
@@ -43,8 +42,7 @@ def distill(arm: Arm, advance: Callable[[int], None] = lambda rows: None) -> int
     chosen = [rows[i][0] for i in evenly_spaced(len(rows), arm.distilled_rows)]
     if None in chosen:
         raise UserError(f"{arm.label}: distilled_rows needs training rows with a source")
-    digest = hashlib.sha256(json.dumps(chosen).encode()).hexdigest()[:16]
-    key = {"weights": weights, "sources": digest, "rows": len(chosen)}
+    key = {"weights": weights, "sources": digest(chosen), "rows": len(chosen)}
     record, part = path.with_suffix(".json"), path.with_suffix(".part.json")
     if path.is_file() and kept(record, key):
         advance(len(chosen))

@@ -52,7 +52,7 @@ from tess.comparison.systems import (
     write_texts,
 )
 from tess.comparison.timing import evenly_spaced, time_systems
-from tess.costs.machine import comparison_environment, timing_setting
+from tess.costs.machine import COMPARISON, TIMING, environment
 from tess.data.rows import Example
 from tess.errors import UserError
 from tess.evaluation.plots import check_plots
@@ -287,7 +287,7 @@ def _write(run: Comparison, system: System, models: Models, only: str | None):
 
 def _time_all(run: Comparison, models: Models, only: str | None) -> dict[str, Any]:
     """Latency, throughput and memory of every system but the untrained one."""
-    recipe, setting = run.recipe, timing_setting()
+    recipe, setting = run.recipe, environment(TIMING)
     chosen = [run.sources[i] for i in evenly_spaced(len(run.sources), recipe.timing_rows)]
     size = {"batch_size": recipe.batch_size, "dtype": recipe.dtype}
     found: dict[str, Any] = {}
@@ -346,7 +346,7 @@ def _report(
             ],
             "systems": dict(timings),
         },
-        "environment": comparison_environment(),
+        "environment": environment(COMPARISON),
         "recipe": run.recipe.text,
     }
     drawn = plot_comparison(report, run.folder) if plots else []

@@ -5,7 +5,6 @@ while that stays the same: settings, weights, seed, rows, batch size, type and d
 """
 
 import dataclasses
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -16,7 +15,6 @@ from typing import Any
 
 import torch
 
-from tess.comparison.arms import digest_folder
 from tess.comparison.recipe import ARMS, UNTRAINED, UNTRAINED_STEPS, System
 from tess.decoders.base import Decoder, Generation, OnBatch
 from tess.decoders.diffusion import TessDecoder
@@ -24,7 +22,7 @@ from tess.decoders.load import load_decoder
 from tess.errors import UserError
 from tess.sampling.options import SamplerOptions
 from tess.storage.files import write_atomically
-from tess.storage.kept import keep, kept
+from tess.storage.kept import digest, digest_folder, keep, kept
 from tess.storage.parts import kind_of, load_parts
 from tess.version import VERSION
 
@@ -136,13 +134,12 @@ def texts_key(
     dtype: str,
 ) -> dict[str, Any]:
     """All that the texts of a system depend on."""
-    rows = hashlib.sha256(json.dumps(list(sources)).encode()).hexdigest()[:16]
     return {
         "system": system.settings(),
         "weights": dict(models.weights),
         "seed": models.seed,
         "rows": len(sources),
-        "sources": rows,
+        "sources": digest(list(sources)),
         "batch_size": batch_size,
         "dtype": dtype,
         "device": "cuda" if torch.cuda.is_available() else "cpu",

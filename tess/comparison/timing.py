@@ -18,6 +18,7 @@ from tess.cli import CHECKOUT
 from tess.comparison.progress import MEMORY, SINGLE, Progress, row_work
 from tess.comparison.recipe import Recipe, System
 from tess.comparison.systems import Models, load_system, write_texts
+from tess.costs.machine import resident_peak
 from tess.decoders.base import Decoder, Generation
 from tess.errors import UserError
 
@@ -262,7 +263,4 @@ def measure_peak(spec: Mapping[str, Any]) -> int | None:
         write_texts(system, decoder, rows, seed=spec["seed"], batch_size=len(rows))
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    if sys.platform != "linux":
-        return None
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    return resident_peak()

@@ -7,13 +7,11 @@ as `ar` too, from whole drafts by `tess`.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.utils import logging as transformers_logging
 
 from tess.costs.decoding import DecodingCost
 from tess.sampling.options import check_count
@@ -114,7 +112,6 @@ class Decoder(ABC):
         *,
         seed: int = 0,
         batch_size: int = 8,
-        progress: bool = False,
         strict: bool = False,
         on_batch: OnBatch | None = None,
         finished: Mapping[int, Generation] | None = None,
@@ -127,7 +124,6 @@ class Decoder(ABC):
             seed: the same seed gives the same texts, in any batch size and order; equal sources get
                 texts of their own, in the order they come.
             batch_size: texts at once.
-            progress: show a bar.
             on_batch: called after each batch.
             finished: texts of an earlier, equal call by the number of their source; a batch of
                 which all are there is not written again.
@@ -141,7 +137,6 @@ class Decoder(ABC):
             self.encode(texts, strict).rows,
             seed=seed,
             batch_size=batch_size,
-            progress=progress,
             on_batch=on_batch,
             finished=finished,
             **request,
@@ -167,7 +162,6 @@ class Decoder(ABC):
         *,
         seed: int = 0,
         batch_size: int = 8,
-        progress: bool = False,
         on_batch: OnBatch | None = None,
         finished: Mapping[int, Generation] | None = None,
         **request: Any,
@@ -181,24 +175,16 @@ class Decoder(ABC):
         keys = seeded_keys(rows, seed)
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         results = dict(finished or {})
-        bar = (
-            transformers_logging.tqdm(total=len(rows), desc=self.name, leave=False)
-            if progress
-            else nullcontext()
-        )
-        with bar:
-            for start in range(0, len(order), batch_size):
-                chosen = order[start : start + batch_size]
-                if all(i in results for i in chosen):
-                    continue
-                batch = [list(rows[i]) for i in chosen]
-                written = self._batch(batch, keys[chosen], asked.select(chosen))
-                done = dict(zip(chosen, written, strict=True))
-                results |= done
-                if on_batch is not None:
-                    on_batch(done)
-                if progress:
-                    bar.update(len(chosen))
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            if all(i in results for i in chosen):
+                continue
+            batch = [list(rows[i]) for i in chosen]
+            written = self._batch(batch, keys[chosen], asked.select(chosen))
+            done = dict(zip(chosen, written, strict=True))
+            results |= done
+            if on_batch is not None:
+                on_batch(done)
         return [results[i] for i in range(len(rows))]
 
     def _generation(self, ids: list[int], nfe: int | None = None, **drafts: int) -> Generation:

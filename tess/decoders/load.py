@@ -61,13 +61,13 @@ def load_decoder(
     if num_draft_tokens is not None and decoder != ArMtpDecoder.name:
         raise UserError("num_draft_tokens belongs to the ar+mtp decoder")
     folder = local_folder(checkpoint)
-    found = _find(folder)
+    found = find_checkpoints(folder)
     if not found:
         raise UserError(
             f"{folder} is not a checkpoint: expected model_index.json (tess), a hybrid causal "
             "model's config.json (ar), or folders tess/ or ar/"
         )
-    name = decoder or next(name for name in DECODERS if name in found)
+    name = decoder or next(iter(found))
     kind, *verifier = name.removesuffix("+mtp").split("+")
     if not {kind, *verifier} <= set(found):
         raise UserError(f"{folder} has no decoder {name!r}; it has {', '.join(found)}")
@@ -89,7 +89,7 @@ def load_decoder(
     return make_decoder(parts, options)
 
 
-def _find(folder: Path) -> dict[str, Path]:
+def find_checkpoints(folder: Path) -> dict[str, Path]:
     """The checkpoints at or below `folder`, by decoder."""
     if kind := kind_of(folder):
         return {kind: folder}

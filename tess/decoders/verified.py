@@ -124,7 +124,7 @@ class _Rounds:
     def start(self, attention_mask: Tensor | None) -> None:
         """Read the sources; that gives the first token."""
         out = self.model.backbone(
-            self.input_ids, attention_mask=attention_mask, past_key_values=self.cache
+            self.input_ids, attention_mask=attention_mask, cache=self.cache
         )
         drafts = [[] for _ in self.active]
         targets_A1 = self._targets(out.last_hidden_state[:, -1:], drafts)
@@ -141,7 +141,7 @@ class _Rounds:
         )
         last = [[self.texts[row].token_ids[-1]] for row in self.active]
         block_AL = torch.cat([drafts_AK.new_tensor(last), drafts_AK.clamp(min=0)], dim=1)
-        out = self.model.backbone(block_AL, past_key_values=self.cache, mode="verify")
+        out = self.model.backbone(block_AL, cache=self.cache, mode="verify")
         targets_AL = self._targets(out.last_hidden_state, drafts)
         counts_A, next_A = match_drafts(drafts_AK, targets_AL)
         self.cache.advance(out.record, counts_A + 1)

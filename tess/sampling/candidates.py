@@ -174,7 +174,7 @@ def _batch_totals(
     source = pad_left(list(distinct), pad_token_id=0, device=device)
     cache = HybridCache()
     read_DSH = model.backbone(
-        source["source_ids"], attention_mask=source["source_mask"], past_key_values=cache
+        source["source_ids"], attention_mask=source["source_mask"], cache=cache
     ).last_hidden_state
     # A source's last state predicts the first token, and every token's state the next one.
     states_CLH = read_DSH[rows_C, -1:]
@@ -184,7 +184,7 @@ def _batch_totals(
     if ids_CL.shape[1] > 1:
         # No mask is needed: padding at the right is read by nobody, and this cache is thrown away.
         written_CLH = model.backbone(
-            ids_CL[:, :-1], past_key_values=cache.select(rows_C)
+            ids_CL[:, :-1], cache=cache.select(rows_C)
         ).last_hidden_state
         states_CLH = torch.cat([states_CLH, written_CLH], dim=1)
     losses_T = linear_cross_entropy(

@@ -130,7 +130,7 @@ def test_cached_continuation_equals_one_full_forward(name, block):
         if start == stop:
             break
         out = ours(
-            input_ids=ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache,
+            input_ids=ids[:, start:stop], attention_mask=mask[:, :stop], cache=cache,
             use_cache=True,
         )
         parts.append(out.logits)

@@ -284,7 +284,7 @@ def test_a_wrong_typed_field_of_an_ar_folder_is_named(checkpoints, tmp_path, val
 def script(name, *args):
     """Run a script as a user does."""
     command = [sys.executable, str(SCRIPTS / f"{name}.py"), *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True)
 
 
 @pytest.fixture

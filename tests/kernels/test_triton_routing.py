@@ -7,7 +7,7 @@ pytest.importorskip("triton")
 
 from tess.kernels import experts, reference  # noqa: E402
 from tess.kernels.dispatch import BackendError, is_interpreted  # noqa: E402
-from tess.kernels.triton import token_sort  # noqa: E402
+from tess.kernels.triton import experts_token_sort as token_sort  # noqa: E402
 from tess.kernels.triton.launch import ARCHITECTURES, as_architecture  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -105,42 +105,6 @@ def benchmark_carried(
     }
 
 
-def format_carried(result: dict[str, Any]) -> str:
-    """A Markdown table, a line a time and a column a sampler, under one line on what was run."""
-    env, rows = result["environment"], result["rows"]
-    samplers = list(dict.fromkeys(row["sampler"] for row in rows))
-    lines = [
-        f"carried: {result['embedding']} embedding {result['vocab_size']:,} x {result['width']}, "
-        f"k = {result['simplex_value']:.2f}, K = {result['num_top']}, {result['n']:,} samples a "
-        f"side against dense ones; torch {env['torch']}, {env['processor']}, {env['date']}",
-        "",
-        "Each cell: relative error of the mean / largest Kolmogorov-Smirnov statistic over its "
-        "bound / largest error of a correlation with the time before; * where the laws are told "
-        "apart.",
-        "",
-        "| prediction | t | sigma | correlation | " + " | ".join(samplers) + " |",
-        "|---|---|---|---" + "|---" * len(samplers) + "|",
-    ]
-    for prediction, t in dict.fromkeys((row["prediction"], row["time"]) for row in rows):
-        here = [row for row in rows if (row["prediction"], row["time"]) == (prediction, t)]
-        cells = {row["sampler"]: row for row in here}
-        first = cells[samplers[0]]
-        texts = " | ".join(_cell(cells[name]) for name in samplers)
-        before = _number(first["dense_correlation"])
-        lines.append(f"| {prediction} | {t:g} | {first['sigma']:.2f} | {before} | {texts} |")
-    return "\n".join(lines)
-
-
-def _cell(row: dict[str, Any]) -> str:
-    mark = " *" if row["rejected"] else ""
-    error = _number(row["correlation_error"])
-    return f"{row['mean_error']:.3f} / {row['ks_share']:.2f} / {error}{mark}"
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
-
-
 # ---- samples ----
 
 

@@ -123,7 +123,7 @@ class Trials:
     @classmethod
     def load(
         cls,
-        checkpoint: Path,
+        checkpoint: str | Path,
         data: Data,
         batch_size: int = 16,
         dtype: torch.dtype = torch.float32,

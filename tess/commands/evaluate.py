@@ -9,13 +9,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import fields
 
-<<<<<<< HEAD
 from tess.cli import Parser, default_checkpoint, no_collection, run
-from tess.data.rows import load_rows
-=======
-from tess.cli import Parser, default_checkpoint, run
-from tess.data.rows import Example, load_rows
->>>>>>> main
 from tess.data.tasks.catalog import DEFAULT_DATASET, TASKS, load_task
 from tess.decoders.options import add_sampler_flags, sampler_options
 from tess.errors import UserError
@@ -59,27 +53,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     if args.bertscore and not args.protocol:
         raise UserError("--bertscore goes with --protocol")
-<<<<<<< HEAD
-    with no_collection():
-        from tess.decoders.load import load_decoder
-        from tess.evaluation import run as evaluation
-        from tess.evaluation.page import summary
-        from tess.metrics.bertscore import BertScore
-        from tess.storage.files import prepare_output_dir
-=======
     checkpoint = args.checkpoint or default_checkpoint()
     examples, data = _rows(args)
 
-    from tess.decoders.diffusion import TessDecoder
-    from tess.decoders.load import find_checkpoints, load_decoder
-    from tess.evaluation import run as evaluation
-    from tess.evaluation.page import summary
-    from tess.evaluation.partial import PARTIAL
-    from tess.metrics.bertscore import BertScore
-    from tess.storage.files import prepare_output_dir
-    from tess.storage.hub import local_folder
-    from tess.storage.kept import digest_folder
->>>>>>> main
+    with no_collection():
+        from tess.decoders.diffusion import TessDecoder
+        from tess.decoders.load import find_checkpoints, load_decoder
+        from tess.evaluation import run as evaluation
+        from tess.evaluation.page import summary
+        from tess.evaluation.partial import PARTIAL
+        from tess.metrics.bertscore import BertScore
+        from tess.storage.files import prepare_output_dir
+        from tess.storage.hub import local_folder
+        from tess.storage.kept import digest_folder
 
     settings = evaluation.Settings(
         **{item.name: getattr(args, item.name) for item in fields(evaluation.Settings)}

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 
 from tess.cli import Parser, default_checkpoint, no_collection, run
+from tess.data.rows import Example, load_rows
 from tess.data.tasks.catalog import DEFAULT_DATASET, TASKS, load_task
 from tess.decoders.options import add_sampler_flags, sampler_options
 from tess.errors import UserError

@@ -111,6 +111,11 @@ def no_collection() -> Iterator[None]:
             gc.enable()
 
 
+def checkpoint_or_default(given: str | None) -> str | Path:
+    """What the user named, or the checkpoint shipped in a checkout; a wheel has none."""
+    return default_checkpoint() if given is None else given
+
+
 def default_checkpoint() -> Path:
     """The checkpoint shipped in a checkout of the repository; a wheel has none.
 

@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import fields
 
-from tess.cli import Parser, default_checkpoint, no_collection, run
+from tess.cli import Parser, checkpoint_or_default, no_collection, run
 from tess.data.rows import Example, load_rows
 from tess.data.tasks.catalog import DEFAULT_DATASET, TASKS, load_task
 from tess.decoders.options import add_sampler_flags, sampler_options
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     if args.bertscore and not args.protocol:
         raise UserError("--bertscore goes with --protocol")
-    checkpoint = args.checkpoint or default_checkpoint()
+    checkpoint = checkpoint_or_default(args.checkpoint)
     examples, data = _rows(args)
 
     with no_collection():

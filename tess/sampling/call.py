@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from diffusers.utils import BaseOutput
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, SuppressTokensLogitsProcessor
 
 from tess.config import TessConfig
 from tess.denoiser import TessDenoiser
@@ -32,8 +32,15 @@ from tess.sampling.writer import Writer, check_batch, check_canvas, target_lengt
 from tess.schedulers.base import SimplexScheduler
 from tess.schedulers.stopping import text_mask
 from tess.text.alphabet import warn_of_strange_texts
+from tess.text.end_tokens import end_tokens
 from tess.text.padding import right_mask
-from tess.text.tokenization import check_tokenizer, cut_sources, decode, encode_sources
+from tess.text.tokenization import (
+    cut_sources,
+    decode,
+    encode_sources,
+    fit_tokenizer,
+    surplus_ids,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +89,7 @@ class TextDiffusion:
         scheduler: SimplexScheduler,
         tokenizer: PreTrainedTokenizerBase,
     ) -> None:
-        check_tokenizer(tokenizer, denoiser.config.vocab_size)
+        fit_tokenizer(tokenizer, denoiser.config.backbone_config)
         check_scheduler(scheduler, denoiser.config)
         self.denoiser, self.scheduler, self.tokenizer = denoiser, scheduler, tokenizer
         self._interrupt, self._num_timesteps, self._warned = False, 0, False
@@ -250,15 +257,22 @@ class TextDiffusion:
             denoiser=self.denoiser,
             scheduler=scheduler,
             bos_token_id=self.tokenizer.bos_token_id,
-            eos_token_id=self.tokenizer.eos_token_id,
+            eos_token_id=end_tokens(self.tokenizer),
             pad_token_id=self.tokenizer.pad_token_id,
             device=device,
-            settings=SamplingSettings.of(options, request, self.tokenizer),
+            settings=SamplingSettings.of(
+                options, request, self.tokenizer, self._never_written(device)
+            ),
             progress=self.progress_bar,
             on_step=self._hook(scheduler, *on_step),
             interrupted=lambda: self.interrupt,
             **watched,
         )
+
+    def _never_written(self, device: torch.device) -> list[SuppressTokensLogitsProcessor]:
+        """Keeps out the rows of the embedding that are no token."""
+        surplus = surplus_ids(self.tokenizer, self.denoiser.config.vocab_size)
+        return [SuppressTokensLogitsProcessor(surplus, device=device)] if surplus else []
 
     def _warn_of_guidance(self, options: SamplerOptions) -> None:
         """Once: guidance that a model has not learned."""
@@ -385,7 +399,7 @@ class TextDiffusion:
         return_dict: bool,
     ) -> TessPipelineOutput | tuple[Tensor, list[str] | None, list[int]]:
         """The chosen texts, without what follows their ends."""
-        inside = text_mask(written.token_ids, right_mask(lengths), self.tokenizer.eos_token_id)
+        inside = text_mask(written.token_ids, right_mask(lengths), end_tokens(self.tokenizer))
         sequences = written.token_ids.masked_fill(~inside, self.tokenizer.pad_token_id)
         candidates, nfe, count = None, written.nfe, options.num_candidates
         if count > 1:

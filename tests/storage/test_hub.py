@@ -66,7 +66,7 @@ def test_a_revision_is_the_one_that_was_asked_for(cache):
     snapshot = put(cache, "owner/shipped", SHIPPED, "v1")
     assert local_folder("owner/shipped@v1") == snapshot
     for name in ("owner/shipped", "owner/shipped@v2"):
-        with pytest.raises(UserError, match=f"no folder '{name}' here, and none on the hub: the c"):
+        with pytest.raises(UserError, match=f"no folder '{name}' here, and none on the hub: it is"):
             local_folder(name)
 
 

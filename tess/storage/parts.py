@@ -24,7 +24,6 @@ from tess.backbones.released import MODEL_TYPE, load_released, mtp_blocks, read_
 from tess.config import TessConfig
 from tess.denoiser import TessDenoiser
 from tess.errors import UserError
-from tess.pipeline import TessPipeline
 from tess.schedulers.base import SimplexScheduler
 from tess.schedulers.family import SAMPLERS
 from tess.text.end_tokens import share_end_tokens
@@ -56,6 +55,8 @@ def save_parts(parts: Parts, folder: Path) -> None:
         parts.model.save_pretrained(folder)
         parts.tokenizer.save_pretrained(folder)
     else:
+        from tess.pipeline import TessPipeline  # two seconds of diffusers, and only saving needs it
+
         pipeline = TessPipeline(
             denoiser=parts.model, scheduler=parts.scheduler, tokenizer=parts.tokenizer
         )

@@ -14,7 +14,7 @@ from tess.data.texts import Texts
 from tess.data.token_rows import TokenRows, length_rule
 from tess.denoiser import TessDenoiser
 from tess.errors import UserError
-from tess.pipeline import check_scheduler
+from tess.sampling.call import check_scheduler
 from tess.schedulers.presets import DEFAULT_PRESET, SCHEDULER_PRESETS
 from tess.schedulers.renoising import RenoisingScheduler
 from tess.storage.hub import local_folder

@@ -21,7 +21,7 @@ from tess.decoders.load import load_decoder, make_decoder
 from tess.decoders.options import SamplerOptions
 from tess.denoiser import TessDenoiser
 from tess.errors import UserError
-from tess.pipeline import TessPipelineOutput
+from tess.sampling.call import TessPipelineOutput
 from tess.schedulers.renoising import RenoisingScheduler
 from tess.storage.parts import Parts, load_parts, save_parts
 from tess.text.tokenization import train_tokenizer

@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import BaseOutput
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, SuppressTokensLogitsProcessor
 
 from tess.config import TessConfig
 from tess.denoiser import TessDenoiser
@@ -33,8 +33,15 @@ from tess.schedulers import family  # noqa: F401  diffusers loads components fro
 from tess.schedulers.base import SimplexScheduler
 from tess.schedulers.stopping import text_mask
 from tess.text.alphabet import warn_of_strange_texts
+from tess.text.end_tokens import end_tokens
 from tess.text.padding import right_mask
-from tess.text.tokenization import check_tokenizer, cut_sources, decode, encode_sources
+from tess.text.tokenization import (
+    cut_sources,
+    decode,
+    encode_sources,
+    fit_tokenizer,
+    surplus_ids,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +97,7 @@ class TessPipeline(DiffusionPipeline):
         tokenizer: PreTrainedTokenizerBase,
     ) -> None:
         super().__init__()
-        check_tokenizer(tokenizer, denoiser.config.vocab_size)
+        fit_tokenizer(tokenizer, denoiser.config.backbone_config)
         check_scheduler(scheduler, denoiser.config)
         self.register_modules(denoiser=denoiser, scheduler=scheduler, tokenizer=tokenizer)
         self._interrupt, self._num_timesteps, self._warned = False, 0, False
@@ -260,15 +267,22 @@ class TessPipeline(DiffusionPipeline):
             denoiser=self.denoiser,
             scheduler=scheduler,
             bos_token_id=self.tokenizer.bos_token_id,
-            eos_token_id=self.tokenizer.eos_token_id,
+            eos_token_id=end_tokens(self.tokenizer),
             pad_token_id=self.tokenizer.pad_token_id,
             device=device,
-            settings=SamplingSettings.of(options, request, self.tokenizer),
+            settings=SamplingSettings.of(
+                options, request, self.tokenizer, self._never_written(device)
+            ),
             progress=self.progress_bar,
             on_step=self._hook(scheduler, *on_step),
             interrupted=lambda: self.interrupt,
             **watched,
         )
+
+    def _never_written(self, device: torch.device) -> list[SuppressTokensLogitsProcessor]:
+        """Keeps out the rows of the embedding that are no token."""
+        surplus = surplus_ids(self.tokenizer, self.denoiser.config.vocab_size)
+        return [SuppressTokensLogitsProcessor(surplus, device=device)] if surplus else []
 
     def _warn_of_guidance(self, options: SamplerOptions) -> None:
         """Once: guidance that a model has not learned."""
@@ -396,7 +410,7 @@ class TessPipeline(DiffusionPipeline):
         return_dict: bool,
     ) -> TessPipelineOutput | tuple[Tensor, list[str] | None, list[int]]:
         """The chosen texts, without what follows their ends."""
-        inside = text_mask(written.token_ids, right_mask(lengths), self.tokenizer.eos_token_id)
+        inside = text_mask(written.token_ids, right_mask(lengths), end_tokens(self.tokenizer))
         sequences = written.token_ids.masked_fill(~inside, self.tokenizer.pad_token_id)
         candidates, nfe, count = None, written.nfe, options.num_candidates
         if count > 1:

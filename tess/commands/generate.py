@@ -73,6 +73,11 @@ def make_parser() -> argparse.ArgumentParser:
         help="of --num_beams: a text's score is log p / tokens^A (default 1)",
     )
     parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="of ar: each text is the user's turn in the tokenizer's chat template",
+    )
+    parser.add_argument(
         "--num_inference_steps",
         type=int,
         metavar="N",
@@ -152,6 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options=sampler,
         num_beams=args.num_beams,
         length_penalty=args.length_penalty,
+        chat=args.chat,
     )
     loaded = time.perf_counter()
     out = None

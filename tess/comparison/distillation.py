@@ -37,7 +37,7 @@ def distill(arm: Arm, advance: Callable[[int], None] = lambda rows: None) -> int
         UserError: an unfinished teacher, training rows without a source, or only empty texts.
     """
     teacher, path = arm.teacher, arm.texts
-    weights = finished_arm(teacher)["weights"]
+    weights = finished_arm(teacher).weights
     rows, _ = load_data(teacher.parsed.data, want_eval=False)
     chosen = [rows[i][0] for i in evenly_spaced(len(rows), arm.distilled_rows)]
     if None in chosen:
@@ -56,9 +56,11 @@ def distill(arm: Arm, advance: Callable[[int], None] = lambda rows: None) -> int
     while len(texts) < len(chosen):
         now = chosen[len(texts) : len(texts) + CHUNK]
         rows = decoder.encode(now, warn=False).rows  # the training says what it drops or cuts
-        texts += [one.text for one in decoder.generate_ids(rows, batch_size=width)]
+        written = decoder.generate_ids(
+            rows, batch_size=width, on_batch=lambda batch: advance(len(batch))
+        )
+        texts += [one.text for one in written]
         keep(part, key, {"texts": texts})
-        advance(len(now))
     pairs = [
         {"source": source, "target": text}
         for source, text in zip(chosen, texts, strict=True)

@@ -6,7 +6,6 @@ The keys of `report.json` are stable and documented in `docs/evaluation.md`.
 import json
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -192,17 +191,16 @@ def _write(
         kept = PartialTexts(partial, depends_on)
     finished = dict(kept.finished) if kept else {}
     start = last = time.perf_counter()
-    bar = Progress(len(rows.sources), "writing", "texts", done=len(finished))
+    bar = Progress(len(rows.sources), "writing", "texts", done=len(finished), show=progress)
 
     def on_batch(batch: Mapping[int, Generation]) -> None:
         nonlocal last
         before, last = last, time.perf_counter()
         if kept:
             kept.add(batch, last - before)
-        if progress:
-            bar.advance(len(batch))
+        bar.advance(len(batch))
 
-    with bar if progress else nullcontext():
+    with bar:
         texts = decoder.generate(rows.sources, **options, on_batch=on_batch, finished=finished)
     seconds = time.perf_counter() - start + (kept.seconds if kept else 0.0)
     assert len(texts) == len(rows.sources), "a decoder gives one text per source"
@@ -259,7 +257,7 @@ def _report(
     nfe_first = [int(text.nfe) for text in written.firsts]
     new_tokens = sum(int(text.num_new_tokens) for text in written.texts)
     length = described.length if settings.gen_length is None else "fixed"
-    return {
+    report = {
         "checkpoint": checkpoint,
         "decoder": decoder.name,
         "num_parameters": decoder.num_parameters,
@@ -295,6 +293,9 @@ def _report(
         "versions": environment(VERSIONS),
         "machine": environment(MACHINE),
     }
+    if described.generation_config is not None:
+        report["generation_config"] = described.generation_config
+    return report
 
 
 def _predictions(rows: Rows, written: Written) -> list[dict[str, Any]]:

@@ -235,8 +235,8 @@ def test_a_tokenizer_that_does_not_fit_is_refused(checkpoints, tmp_path):
     with pytest.raises(UserError, match="vocabulary mismatch: the tokenizer has 2.. ids"):
         load_decoder(tmp_path)
     save_parts(dataclasses.replace(parts, tokenizer=train_tokenizer(TEXTS, 261)), tmp_path)
-    with pytest.raises(UserError, match="vocabulary mismatch: the tokenizer has 261 ids"):
-        load_decoder(tmp_path)
+    texts = load_decoder(tmp_path).generate(TEXTS)  # fewer ids than rows fit
+    assert max(max(text.token_ids) for text in texts) < 261
 
 
 @pytest.mark.parametrize(

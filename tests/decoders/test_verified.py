@@ -246,7 +246,7 @@ def test_another_stopping_criterion_is_refused(model):
         def __call__(self, input_ids, scores, **kwargs):
             return torch.zeros(len(input_ids), dtype=torch.bool)
 
-    with pytest.raises(UserError, match="stops at end tokens and at a length, got Never"):
+    with pytest.raises(UserError, match="stops at end tokens, at strings and at a length, got"):
         drafted(model, *prompts(), lambda *_: [], stopping_criteria=[Never()])
 
 

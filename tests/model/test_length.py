@@ -36,13 +36,11 @@ from tess.training.losses import tess_loss
 from tess.training.run import make_collator
 from tess.training.settings import parse_settings
 from tess.training.start import build_parts, store_limits
+from tiny import DECODER
 
 BOS, EOS, V, N = 1, 2, 300, 24
-SIZES = {
-    "vocab_size": V, "hybrid_override_pattern": "M*", "hidden_size": 32,
-    "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "ssm_state_size": 8,
-    "mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 1, "chunk_size": 8,
-    "tie_word_embeddings": True, "initializer_range": 0.1,
+SIZES = DECODER | {
+    "vocab_size": V, "hybrid_override_pattern": "M*", "initializer_range": 0.1,
     "pad_token_id": 0, "bos_token_id": BOS, "eos_token_id": EOS,
 }
 LINES = ["the cat sat on the mat and the dog ran", "a dog ran", "one two three four five six"] * 4

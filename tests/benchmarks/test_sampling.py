@@ -11,9 +11,10 @@ from transformers import SequenceBiasLogitsProcessor
 
 from tess.backbones.config import HybridConfig
 from tess.benchmarks.cache import _joint_twin, _shapes, benchmark_cache
+from tess.benchmarks.doors import lengths
 from tess.benchmarks.sampling.agreement import benchmark_agreement, compare
 from tess.benchmarks.sampling.grid import benchmark_sampling, goals, summarize
-from tess.benchmarks.sampling.lengths import benchmark_lengths, format_lengths
+from tess.benchmarks.sampling.lengths import benchmark_lengths
 from tess.benchmarks.sampling.plot import plot_sampling
 from tess.benchmarks.sampling.report import format_sampling
 from tess.benchmarks.sampling.trials import Data, Texts, Trials
@@ -26,6 +27,7 @@ from tess.sampling.writer import target_lengths
 from tess.schedulers.renoising import RenoisingScheduler
 from tess.schedulers.stopping import StoppingRule
 from tess.text.tokenization import train_tokenizer
+from tiny import DENOISER
 
 WORDS = "the cat sat on a mat while the small dog slept by an old red door and rain fell".split()
 SOURCES = ["the cat sat", "a small dog slept by the old red door while rain fell", "rain", "a dog"]
@@ -43,13 +45,8 @@ def rows(sources=SOURCES) -> Data:
 def pipeline():
     torch.manual_seed(5)
     tokenizer = train_tokenizer([" ".join(WORDS)] * 20, 300)
-    backbone = HybridConfig(
-        vocab_size=len(tokenizer), hidden_size=32, hybrid_override_pattern="M*-",
-        num_attention_heads=4, num_key_value_heads=2, head_dim=8, intermediate_size=48,
-        ssm_state_size=8, mamba_num_heads=4, mamba_head_dim=8, n_groups=2, chunk_size=4,
-        tie_word_embeddings=True, mamba_direction="bidirectional", initializer_range=0.4,
-        bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    )
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    backbone = HybridConfig(**DENOISER, **ids, vocab_size=len(tokenizer))
     config = TessConfig(
         backbone_config=backbone, source_encoding="bidirectional", max_source_length=32,
         max_target_length=24, target_length_ratio=0.8, target_length_margin=3,
@@ -202,7 +199,7 @@ def test_canvases_are_what_they_are_called(trials):
     assert found["fixed"]["canvas_mean"] == 24 and found["fixed"]["too_short"] == 0
     gold = len(trials.pipeline.tokenizer("the cat", add_special_tokens=False)["input_ids"]) + 1
     assert found["gold"]["canvas_mean"] == found["rule"]["gold_mean"] == gold
-    assert "gold (diagnostic)" in format_lengths(result)
+    assert "gold (diagnostic)" in lengths.table(result)
     with pytest.raises(UserError, match="no length head"):
         benchmark_lengths(trials, ["predicted"], steps=1, seeds=[0])
 

@@ -23,7 +23,7 @@ from tess.length import (
 )
 from tess.schedulers.renoising import RenoisingScheduler
 from tess.storage.parts import Parts, load_parts, save_parts
-from tess.text.tokenization import train_tokenizer
+from tess.text.tokenization import encode_texts, train_tokenizer
 from tess.training.diffusion_settings import DiffusionArguments
 from tess.training.flags import parse_settings
 from tess.training.length_fitting import (
@@ -35,13 +35,11 @@ from tess.training.length_fitting import (
 )
 from tess.training.losses import tess_loss
 from tess.training.start import build_parts, make_canvas, store_limits
+from tiny import DECODER
 
 BOS, EOS, V, N = 1, 2, 300, 24
-SIZES = {
-    "vocab_size": V, "hybrid_override_pattern": "M*", "hidden_size": 32,
-    "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "ssm_state_size": 8,
-    "mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 1, "chunk_size": 8,
-    "tie_word_embeddings": True, "initializer_range": 0.1,
+SIZES = DECODER | {
+    "vocab_size": V, "hybrid_override_pattern": "M*", "initializer_range": 0.1,
     "pad_token_id": 0, "bos_token_id": BOS, "eos_token_id": EOS,
 }
 LINES = ["the cat sat on the mat and the dog ran", "a dog ran", "one two three four five six"] * 4
@@ -431,7 +429,7 @@ def test_rows_are_encoded_as_they_are_in_generation(tokenizer):
     texts = [("the cat sat on the mat and the dog ran", LINES[0]), ("a dog", "a")]
     rows = encode_rows(model, tokenizer, texts)
     assert rows.source_lengths[0] == 8 > rows.source_lengths[1] and rows.target_lengths[0] == 6
-    assert rows.target_lengths[1] == len(tokenizer("a")["input_ids"]) + 1
+    assert rows.target_lengths[1] == len(encode_texts(tokenizer, ["a"])[0]) + 1
     alone = encode_rows(model, tokenizer, texts[1:])
     torch.testing.assert_close(alone.states[0], rows.states[1])
     with pytest.raises(UserError, match="needs source_encoding"):

@@ -55,6 +55,8 @@ class HybridConfig(PreTrainedConfig):
         num_nextn_predict_layers: 1 when the checkpoint has a multi-token predictor (MTP), else 0.
         mtp_hybrid_override_pattern: the predictor's layers, in the same letters;
             `mtp_layers_block_type`, the list form, is accepted instead.
+        eos_after_source: the model was trained here, on sources that end with an end token before
+            the text goes on; a released one reads a prompt as it stands.
         mtp_after_norm_f: the predictor reads the backbone's state after the final norm (as
             Megatron-LM and vLLM do) or before it.
         mamba_direction: how Mamba layers read a block in denoise and prefix mode: "forward" (from
@@ -119,6 +121,7 @@ class HybridConfig(PreTrainedConfig):
     num_nextn_predict_layers: int = 0
     mtp_hybrid_override_pattern: str = "*E"
     mtp_after_norm_f: bool = True
+    eos_after_source: bool = True
 
     def __post_init__(self, **kwargs) -> None:
         kwargs.pop("model_type", None)  # a released file says "nemotron_h"; the class is what it is

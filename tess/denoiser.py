@@ -94,7 +94,7 @@ class TessDenoiser(StrictPreTrainedModel):
         self.length_head = None
         if config.length_head:
             self.length_head = LengthHead(width, config.max_target_length)
-        self._moments = MomentsCache()
+        self.moments = MomentsCache()
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -398,7 +398,7 @@ class TessDenoiser(StrictPreTrainedModel):
         simplex = DenseSimplex(sample) if isinstance(sample, Tensor) else sample
         clean_BLH = None if clean_ids is None else self.backbone.embeddings(clean_ids)
         noised_BL = None if noise_mask is None else noise_mask.bool()
-        moments = self._moments.of(weight_VH) if simplex.needs_moments else None
+        moments = self.moments.of(weight_VH) if simplex.needs_moments else None
         hidden_BLH = self.self_conditioning(
             simplex, previous, weight_VH, clean_BLH, noised_BL, moments
         )

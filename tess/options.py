@@ -5,8 +5,10 @@ import codecs
 import contextlib
 import difflib
 import json
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import field
+from numbers import Integral
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin
@@ -28,6 +30,16 @@ def option(default: Any, help: str, **more: Any) -> Any:
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": help, **more})
     return field(default=default, metadata={"help": help, **more})
+
+
+def check_count(name: str, value: Any, most: float = math.inf) -> None:
+    """Raises UserError for what is no whole number from 1 to `most`."""
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise UserError(f"{name} must be an integer, got {value!r}")
+    if value < 1:
+        raise UserError(f"{name} must be at least 1, got {value}")
+    if value > most:
+        raise UserError(f"{name} must be at most {most:,}, got {value}")
 
 
 def check_seed(seed: int) -> int:

@@ -264,7 +264,7 @@ def simplex_embedding(
         fields = (*place, rows.ids_R, rows.gap_R, rows.sigma_R)
         ids_RJ, *tokens = draw_tokens(*fields, rows.counter, vocabulary, num_top)
     else:
-        ids_RJ, tokens = public._draw_tokens(rows, vocabulary, num_top)
+        ids_RJ, tokens = public.draw_tokens(rows, vocabulary, num_top)
         ids_RJ = ids_RJ.int()
     weights_RJ, share_R, spread_R = tokens
     # the sum over all rows gives every token its share, so these tokens get the rest

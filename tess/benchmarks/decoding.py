@@ -20,6 +20,7 @@ from tess.data.tasks.catalog import load_task
 from tess.decoders.autoregressive import ArDecoder
 from tess.decoders.load import load_decoder
 from tess.errors import UserError
+from tess.text.end_tokens import end_tokens, through_end
 from tess.text.padding import pad_left
 
 TASK = "simplification"
@@ -182,15 +183,14 @@ def _options(decoder: Any, ids: Tensor, mask: Tensor) -> dict[str, Any]:
         "attention_mask": mask,
         "max_new_tokens": _most_tokens(decoder.model),
         "pad_token_id": decoder.tokenizer.pad_token_id,
-        "eos_token_id": decoder.tokenizer.eos_token_id,
+        "eos_token_id": list(end_tokens(decoder.tokenizer)),
         "do_sample": False,
     }
 
 
 def _new_tokens(decoder: Any, sequences: Tensor, width: int) -> list[list[int]]:
-    eos = decoder.tokenizer.eos_token_id
-    rows = sequences[:, width:].tolist()
-    return [row[: row.index(eos) + 1] if eos in row else row for row in rows]
+    ends = end_tokens(decoder.tokenizer)
+    return [through_end(row, ends) for row in sequences[:, width:].tolist()]
 
 
 def _plain(decoder: Any, ids: Tensor, mask: Tensor) -> tuple[list[list[int]], dict[str, int]]:

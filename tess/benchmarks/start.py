@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
@@ -44,11 +44,13 @@ def benchmark_start(
     rival: str,
     scripts: Sequence[str] = SCRIPTS,
     repeats: int = 5,
+    say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Start today's scripts and the rival's in turn, each in a child process, and sum up.
 
     Both print the help of every script; both write one text with the same checkpoint. The time is
-    that of the processor, user and system together, from the start of the child to its end.
+    that of the processor, user and system together, from the start of the child to its end. `say`
+    is told what is under way.
 
     Raises:
         UserError: a system without `os.wait4`, no git history, no such commit, or a child failed.
@@ -60,10 +62,10 @@ def benchmark_start(
     commit = _commit(rival)
     with _tree(commit) as folder:
         ours, theirs = _Build(CHECKOUT), _Build(folder)
-        rows = [
-            {"command": name} | _compare(ours, theirs, call, repeats)
-            for name, call in calls.items()
-        ]
+        rows = []
+        for name, call in calls.items():
+            say(f"starting {name}")
+            rows.append({"command": name} | _compare(ours, theirs, call, repeats))
     return {
         "benchmark": "start",
         "rival": commit,
@@ -114,7 +116,12 @@ class _Build:
                 [sys.executable, *arguments], cwd=self.root, env=environment,
                 stdout=subprocess.DEVNULL, stderr=said,
             )
-            _, status, usage = os.wait4(child.pid, 0)
+            try:
+                _, status, usage = os.wait4(child.pid, 0)
+            except BaseException:  # no child goes on alone
+                child.kill()
+                child.wait()
+                raise
             child.returncode = os.waitstatus_to_exitcode(status)
             if child.returncode:
                 said.seek(0)

@@ -154,7 +154,7 @@ class _Model:
         return whole
 
     def _training_ours(self) -> Tensor:
-        self.denoiser._moments = MomentsCache()  # as after an optimizer's step
+        self.denoiser.moments = MomentsCache()  # as after an optimizer's step
         return tess_loss(
             self.denoiser, self.scheduler, self.batch, self_conditioning_probability=1.0
         )

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from tess.costs.decoding import DecodingCost
-from tess.sampling.options import check_count
+from tess.options import check_count
 from tess.sampling.request import Request
 from tess.sampling.sources import seeded_keys
 from tess.storage.parts import Parts
 from tess.text.alphabet import warn_of_strange_texts
-from tess.text.tokenization import cut_sources, decode, encode_sources
+from tess.text.end_tokens import end_tokens, through_end
+from tess.text.tokenization import cut_sources, decode, encode_sources, padding_ids
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class Description:
     num_candidates, choose_by: texts per source, and one of `tess.sampling.candidates.CHOICES`,
         None where there is no choice.
     num_draft_tokens: drafted at a time. num_beams, length_penalty: of a search.
+    generation_config: of ar: what of the folder's own settings is "honoured" and what "ignored".
     """
 
     scheduler: str | None = None
@@ -75,6 +77,7 @@ class Description:
     num_draft_tokens: int | None = None
     num_beams: int = 1
     length_penalty: float | None = None
+    generation_config: Mapping[str, Mapping[str, Any]] | None = None
 
 
 @dataclass(frozen=True)
@@ -149,11 +152,19 @@ class Decoder(ABC):
             UserError: an empty text, and with `strict` one that is too long.
         """
         longest = self.max_source_length
-        rows = encode_sources(self.tokenizer, texts)
+        rows = self._lay_out(texts)
         if warn:
             warn_of_strange_texts(self.tokenizer, texts)
         num_cut = 0 if longest is None else sum(len(row) > longest for row in rows)
-        return Sources(cut_sources(rows, longest, strict, warn), num_cut)
+        return Sources(cut_sources(rows, longest, strict, warn, self.closes_sources), num_cut)
+
+    @property
+    def closes_sources(self) -> bool:
+        """Whether an end token stands between the source and what is written."""
+        return True
+
+    def _lay_out(self, texts: Sequence[str]) -> list[list[int]]:
+        return encode_sources(self.tokenizer, texts)
 
     @torch.no_grad()
     def generate_ids(
@@ -188,9 +199,9 @@ class Decoder(ABC):
         return [results[i] for i in range(len(rows))]
 
     def _generation(self, ids: list[int], nfe: int | None = None, **drafts: int) -> Generation:
-        eos, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
-        written = ids[: ids.index(eos) + 1] if eos in ids else ids
-        kept = [token for token in written if token != pad or token == eos]
+        written = through_end(ids, end_tokens(self.tokenizer))
+        padding = padding_ids(self.tokenizer)
+        kept = [token for token in written if token not in padding]
         evaluations = len(written) if nfe is None else nfe
         text = decode(self.tokenizer, kept)
         return Generation(text, kept, len(kept), evaluations, **drafts)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -11,8 +12,11 @@ from tess.backbones.causal_lm import HybridForCausalLM
 from tess.decoders.autoregressive import ArDecoder
 from tess.decoders.base import Description, Generation
 from tess.errors import UserError
+from tess.options import check_count
 from tess.sampling.request import Request
 from tess.storage.parts import Parts
+
+MOST_BEAMS = 2**10
 
 LENGTH_PENALTY = 1.0
 """Of a search that is not told one."""
@@ -39,8 +43,15 @@ class BeamDecoder(ArDecoder):
         UserError: an argument out of range; in `generate` also top_p, which is for sampling.
     """
 
-    def __init__(self, parts: Parts, num_beams: int, length_penalty: float | None = None) -> None:
-        super().__init__(parts)
+    def __init__(
+        self,
+        parts: Parts,
+        num_beams: int,
+        length_penalty: float | None = None,
+        *,
+        chat: bool = False,
+    ) -> None:
+        super().__init__(parts, chat=chat)
         length_penalty = LENGTH_PENALTY if length_penalty is None else length_penalty
         if num_beams < 2:
             raise UserError(f"num_beams must be at least 2 for a beam search, got {num_beams}")
@@ -49,7 +60,8 @@ class BeamDecoder(ArDecoder):
         self.num_beams, self.length_penalty = num_beams, length_penalty
 
     def describe(self) -> Description:
-        return Description(num_beams=self.num_beams, length_penalty=self.length_penalty)
+        described = super().describe()
+        return replace(described, num_beams=self.num_beams, length_penalty=self.length_penalty)
 
     def _flops(self, source_length: int, text: Generation) -> float:
         return self.num_beams * super()._flops(source_length, text)
@@ -72,10 +84,8 @@ class BeamDecoder(ArDecoder):
                 early_stopping=False,
                 **options,
             )
-        return [
-            self._generation(ids, nfe)
-            for ids, nfe in zip(sequences[:, width:].tolist(), sum(steps).tolist(), strict=True)
-        ]
+        written = zip(self._new_tokens(sequences, width), sum(steps).tolist(), strict=True)
+        return [self._generation(ids, nfe) for ids, nfe in written]
 
 
 @contextmanager
@@ -109,8 +119,8 @@ def wants_beams(name: str, num_beams: int | None, length_penalty: float | None) 
     for option, value in (("num_beams", num_beams), ("length_penalty", length_penalty)):
         if value is not None and name != ArDecoder.name:
             raise UserError(f"{option} belongs to the ar decoder, and this one is {name}")
-    if num_beams is not None and num_beams < 1:
-        raise UserError(f"num_beams must be at least 1, got {num_beams}")
+    if num_beams is not None:
+        check_count("num_beams", num_beams, MOST_BEAMS)
     several = num_beams is not None and num_beams > 1
     if length_penalty is not None and not several:
         raise UserError(

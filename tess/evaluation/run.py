@@ -258,7 +258,7 @@ def _report(
     nfe_first = [int(text.nfe) for text in written.firsts]
     new_tokens = sum(int(text.num_new_tokens) for text in written.texts)
     length = described.length if settings.gen_length is None else "fixed"
-    return {
+    report = {
         "checkpoint": checkpoint,
         "decoder": decoder.name,
         "num_parameters": decoder.num_parameters,
@@ -294,6 +294,9 @@ def _report(
         "versions": environment(VERSIONS),
         "machine": environment(MACHINE),
     }
+    if described.generation_config is not None:
+        report["generation_config"] = described.generation_config
+    return report
 
 
 def _predictions(rows: Rows, written: Written) -> list[dict[str, Any]]:

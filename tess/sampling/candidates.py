@@ -22,7 +22,7 @@ from tess.errors import UserError
 from tess.kernels.cross_entropy import linear_cross_entropy
 from tess.sampling.options import CHOICES
 from tess.text.padding import pad_left, right_mask
-from tess.text.tokenization import decode
+from tess.text.tokenization import decode, padding_ids
 
 UTILITIES = {"bleu": BLEU(effective_order=True), "chrf": CHRF()}
 """Of minimum Bayes risk: sacrebleu's for sentences (13a, exponential smoothing; chrF2)."""
@@ -266,7 +266,7 @@ def choose_candidates(
     mean_BN = (log_probs.double() * inside).sum(dim=1) / inside.sum(dim=1)
     mean_BN = mean_BN.view(batch, count)
     # padding may stand amid a text, which is read without it; a text of nothing else stays
-    padding = {tokenizer.pad_token_id} - {tokenizer.eos_token_id}
+    padding = padding_ids(tokenizer)
     written = [row[kept].tolist() for row, kept in zip(sequences, inside, strict=True)]
     targets = [[token for token in row if token not in padding] or row for row in written]
     grouped = _grouped(texts, count)

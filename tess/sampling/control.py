@@ -11,7 +11,7 @@ from transformers import LogitsProcessor, PreTrainedTokenizerBase, SuppressToken
 
 from tess.errors import UserError
 from tess.kernels.head import Processors
-from tess.sampling.options import check_count
+from tess.options import check_count
 from tess.sampling.request import LONGEST_TEXT
 from tess.schedulers.simplex import SoftTokens
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from tess.backbones.cache import HybridCache
 from tess.errors import UserError
 from tess.options import check_seed
+from tess.text.tokenization import padding_ids
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +63,7 @@ def id_rows(
     if isinstance(input_ids, Tensor):
         if input_ids.dim() != 2:
             raise UserError(f"input_ids must be [batch, length], got {list(input_ids.shape)}")
-        padding = {tokenizer.pad_token_id} - {tokenizer.eos_token_id}
+        padding = padding_ids(tokenizer)
         rows = [_strip(row, padding) for row in input_ids.tolist()]
     else:
         rows = [list(row) for row in input_ids]

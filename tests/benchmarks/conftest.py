@@ -17,13 +17,13 @@ def documented(benchmark):
         shared_by_all = heading.startswith("every benchmark") and benchmark not in heading.split()
         if heading != benchmark and not shared_by_all:
             continue
-        prefix = ""
-        for line in filter(lambda line: line.startswith("|"), lines):
-            names = re.findall(r"`([^`]+)`", line.split("|")[1])
-            if line.startswith(("| key |", "| of ")):
-                prefix = f"{names[0]}." if names else ""
+        for line in filter(lambda line: line.lstrip().startswith("- "), lines):
+            names, meaning = re.findall(r"`([^`]+)`", line.split(": ")[0]), line.partition(": ")[2]
+            if not meaning:
+                prefix = names[0]
                 continue
-            (shared if shared_by_all else own).update(prefix + name for name in names)
+            inner = [f"{prefix}.{name}" for name in names] if line.startswith("  ") else names
+            (shared if shared_by_all else own).update(inner)
     assert own, f"{PAGE} has no section {benchmark}"
     return own | shared
 

@@ -13,25 +13,20 @@ from tess.backbones.config import HybridConfig
 from tess.commands import evaluate, generate
 from tess.config import TessConfig
 from tess.decoders.autoregressive import ArDecoder
+from tess.decoders.base import Description
 from tess.decoders.beam_search import BeamDecoder
 from tess.decoders.load import load_decoder
 from tess.denoiser import TessDenoiser
 from tess.errors import UserError
 from tess.schedulers.renoising import RenoisingScheduler
 from tess.storage.parts import Parts, save_parts
-from tess.text.tokenization import train_tokenizer
+from tess.text.tokenization import encode_texts, train_tokenizer
+from tiny import DECODER
 
 TEXTS = ["a cat", "the dog ran after the cat and the cat ran", "naïve 東京", "a cat sat", "b"]
 LONGEST = 9
 EOS = 2
-SIZES = {
-    "hybrid_override_pattern": "M*E-", "hidden_size": 32, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "head_dim": 16, "intermediate_size": 32, "ssm_state_size": 8,
-    "mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 1, "chunk_size": 8,
-    "n_routed_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16,
-    "moe_shared_expert_intermediate_size": 16, "tie_word_embeddings": True,
-    "initializer_range": 0.3,
-}
+SIZES = DECODER | {"initializer_range": 0.3}
 
 
 @cache
@@ -58,7 +53,7 @@ def double():
 
 def sources(texts=TEXTS):
     tokenizer = parts().tokenizer
-    return [tokenizer(text).input_ids for text in texts]
+    return encode_texts(tokenizer, texts)
 
 
 @torch.no_grad()
@@ -209,10 +204,11 @@ def folder(tmp_path_factory):
 
 def test_one_beam_is_greedy_search(folder):
     one = load_decoder(folder, "ar", num_beams=1)
-    assert (type(one), one.num_beams, one.length_penalty) == (ArDecoder, 1, None)
+    assert (type(one), one.describe()) == (ArDecoder, Description())
     assert one.generate(TEXTS) == load_decoder(folder, "ar").generate(TEXTS)
     several = load_decoder(folder / "ar", num_beams=3)
-    assert (several.name, several.num_beams, several.length_penalty) == ("ar", 3, 1.0)
+    assert several.name == "ar"
+    assert several.describe() == Description(num_beams=3, length_penalty=1.0)
     assert several.generate(TEXTS) == BeamDecoder(parts(), 3, 1.0).generate(TEXTS)
     assert all(len(g.token_ids) <= 4 and g.nfe <= 4 for g in several.generate(TEXTS, gen_length=4))
 

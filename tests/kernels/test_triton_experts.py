@@ -57,21 +57,6 @@ def check(leaves, ids, upstream=None):
 
 
 @pytest.fixture
-def poisoned(monkeypatch):
-    """Memory that is not yet written holds NaN or a number that is no index."""
-
-    def poison(function):
-        def make_poisoned(*args, **kwargs):
-            tensor = function(*args, **kwargs)
-            return tensor.fill_(torch.nan if tensor.dtype.is_floating_point else -(10**6))
-
-        return make_poisoned
-
-    monkeypatch.setattr(torch, "empty", poison(torch.empty))
-    monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
-
-
-@pytest.fixture
 def only(monkeypatch):
     """Make every grouped product use one regime."""
     return lambda name: monkeypatch.setattr(grouped_matmul, "REGIMES", {name: None})

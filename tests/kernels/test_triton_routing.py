@@ -43,21 +43,6 @@ def route(logits, bias, top_k, groups=1, kept=1, normalize=True, scaling=2.5, ba
     )
 
 
-@pytest.fixture
-def poisoned(monkeypatch):
-    """Memory that is not yet written holds NaN or a number that is no index."""
-
-    def poison(function):
-        def make_poisoned(*args, **kwargs):
-            tensor = function(*args, **kwargs)
-            return tensor.fill_(torch.nan if tensor.dtype.is_floating_point else -(10**6))
-
-        return make_poisoned
-
-    monkeypatch.setattr(torch, "empty", poison(torch.empty))
-    monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
-
-
 @pytest.mark.parametrize("tokens", [1, 5])
 @pytest.mark.parametrize("count, top_k, groups, kept, normalize", SHAPES)
 def test_router_matches_the_loops_with_gradients(

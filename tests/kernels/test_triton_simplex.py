@@ -115,7 +115,7 @@ def rows_of(tokens, vocabulary, gap, sigma, key=11, draw=4):
 def both_draws(rows, vocabulary, num_top):
     fields = (rows.keys_R, rows.positions_R, rows.ids_R, rows.gap_R, rows.sigma_R)
     got = drawing.draw_tokens(*fields, rows.counter, vocabulary, num_top)
-    return got, public._draw_tokens(rows, vocabulary, num_top)
+    return got, public.draw_tokens(rows, vocabulary, num_top)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """A door for each benchmark: its flags, its call, its table; none loads torch at import.
 
-flags       what several take
+flags       what several take and say
 cells       what their tables have in common
 backbone    forward and backward passes
 vocabulary  the noised simplex, and whole steps

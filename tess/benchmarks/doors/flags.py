@@ -1,12 +1,18 @@
-"""Flags that several benchmarks take."""
+"""Flags that several benchmarks take, and how they say what is under way."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tess.benchmarks.sampling.trials import Data
+
+
+def tell(line: str) -> None:
+    """What is under way, on stderr."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def positive(text: str) -> int:

@@ -2,10 +2,9 @@
 
 import argparse
 import json
-import sys
 from typing import Any
 
-from tess.benchmarks.doors.flags import positive, several
+from tess.benchmarks.doors.flags import positive, several, tell
 from tess.benchmarks.gpu.options import DTYPES, OPERATIONS, PACKAGES, SHAPES, Options
 from tess.benchmarks.gpu.report import format_gpu
 
@@ -49,4 +48,4 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         repeats=args.repeats, batch=args.batch, length=args.length, seed=args.seed,
         workers=args.workers, dry_run=args.dry_run,
     )
-    return benchmark_gpu(options, lambda line: print(line, file=sys.stderr, flush=True), keep)
+    return benchmark_gpu(options, tell, keep)

@@ -2,12 +2,11 @@
 
 import argparse
 import math
-import sys
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from tess.benchmarks.doors.flags import add_rows, positive, rows_of, several
+from tess.benchmarks.doors.flags import add_rows, positive, rows_of, several, tell
 from tess.cli import default_checkpoint
 
 
@@ -42,8 +41,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     trials = Trials.load(args.checkpoint or default_checkpoint(), data, args.batch_size)
     result = benchmark_sampling(
         trials, args.schedulers or SCHEDULERS, args.spacings or tuple(SPACINGS),
-        args.steps or STEPS, args.seeds, rules, args.json,
-        lambda line: print(line, file=sys.stderr, flush=True),
+        args.steps or STEPS, args.seeds, rules, args.json, tell,
     )
     if args.markdown is not None:
         text = f"# Quality against network evaluations\n\n{table(result)}\n"

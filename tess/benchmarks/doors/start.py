@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from tess.benchmarks.doors.cells import ratio
-from tess.benchmarks.doors.flags import add_checkpoint, positive, several
+from tess.benchmarks.doors.flags import add_checkpoint, positive, several, tell
 from tess.benchmarks.start import SCRIPTS, benchmark_start
 from tess.cli import default_checkpoint
 
@@ -22,8 +22,10 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    folder = args.checkpoint or default_checkpoint()
-    return benchmark_start(folder, args.text, args.rival, args.scripts, args.repeats)
+    return benchmark_start(
+        args.checkpoint or default_checkpoint(), args.text, args.rival, args.scripts, args.repeats,
+        tell,
+    )
 
 
 def table(result: dict[str, Any]) -> str:

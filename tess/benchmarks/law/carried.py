@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tess.benchmarks.law.order_statistics import ENERGY_ROWS, MIN_SAMPLES, read_matrix
+from tess.benchmarks.law.order_statistics import ENERGY_ROWS, check_samples, read_matrix
 from tess.benchmarks.law.two_sample import Probes, compare, sample_keys, trained_like
 from tess.benchmarks.turns import checkpoint_label
 from tess.costs.machine import environment
@@ -69,8 +69,7 @@ def benchmark_carried(
             over the probes, and correlation_error, the largest difference of a probe's two; None
             at the first time;
         the statistics of `tess.benchmarks.law.two_sample.Comparison`, and rejected: whether one of
-        them tells the
-            two sides apart.
+            them tells the two sides apart.
 
     Raises:
         UserError: no matrix in `embedding`, or a size, a time, an M or a K out of range.
@@ -219,13 +218,9 @@ def _check(
 ) -> None:
     if not 3 <= vocab_size <= MAX_VOCABULARY:
         raise UserError(f"vocab_size must be in 3..{MAX_VOCABULARY}, got {vocab_size}")
-    if n < MIN_SAMPLES:
-        raise UserError(f"n must be at least {MIN_SAMPLES} samples a side, got {n}")
+    check_samples(n, times)
     if not 1 <= num_top <= vocab_size:
         raise UserError(f"num_top must be in 1..{vocab_size}, got {num_top}")
     for most in num_soft_tokens:
         if not 1 <= most <= vocab_size:
             raise UserError(f"num_soft_tokens must be in 1..{vocab_size}, got {most}")
-    for t in times:
-        if not 0 < t <= 1:
-            raise UserError(f"times must be above 0 and at most 1, got {t}")

@@ -213,13 +213,18 @@ def _check(
 ) -> None:
     if vocab_size < 3:
         raise UserError(f"vocab_size must be at least 3, got {vocab_size}")
-    if n < MIN_SAMPLES:
-        raise UserError(f"n must be at least {MIN_SAMPLES} samples a side, got {n}")
+    check_samples(n, times)
     if not 0 <= token < vocab_size:
         raise UserError(f"token must be in 0..{vocab_size - 1}, got {token}")
     for num_top in num_tops:
         if not 1 <= num_top < vocab_size:
             raise UserError(f"num_tops must be in 1..{vocab_size - 1}, got {num_top}")
+
+
+def check_samples(n: int, times: Sequence[float]) -> None:
+    """Refuse too few samples a side, and times outside of (0, 1]."""
+    if n < MIN_SAMPLES:
+        raise UserError(f"n must be at least {MIN_SAMPLES} samples a side, got {n}")
     for t in times:
         if not 0 < t <= 1:
             raise UserError(f"times must be above 0 and at most 1, got {t}")

@@ -221,6 +221,11 @@ def _arm(
     own = getattr(stage, kind)
     settings = DEFAULTS | dict(stage.shared) | dict(own)
     settings |= {"objective": kind, "seed": _seed_of(stage, kind, seed)}
+    if not 0 <= settings["seed"] < 2**32:
+        raise UserError(
+            f"stage {stage.name!r}, {kind}: a training's seed must be from 0 to 2^32 - 1, got "
+            f"{settings['seed']}"
+        )
     if recipe.data_root is not None:
         settings.setdefault("data_root", recipe.data_root)
     if "output_dir" in own:

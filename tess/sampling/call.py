@@ -252,6 +252,11 @@ class TextDiffusion:
         self._warn_of_guidance(options)
         scheduler.set_timesteps(steps, device=device, timesteps=timesteps)
         self._num_timesteps = len(scheduler.timesteps)
+        if options.no_repeat_ngram is not None and self._num_timesteps == 1:
+            raise UserError(
+                "no_repeat_ngram does nothing in one step, as it looks at the step before; ask for "
+                "at least two"
+            )
         self._interrupt = False
         return Writer(
             denoiser=self.denoiser,

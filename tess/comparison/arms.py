@@ -25,9 +25,10 @@ from tess.options import known_keys
 from tess.storage.files import write_atomically
 from tess.storage.kept import digest, digest_folder
 from tess.storage.parts import Parts, kind_of, own_fields
-from tess.training.place import TRAINER_STATE_FILE, read_state
+from tess.training.flags import parse_settings
+from tess.training.resuming import TRAINER_STATE_FILE, read_state
 from tess.training.run import FINAL_FOLDER, train
-from tess.training.settings import CHANGEABLE, ModelArguments, Settings, parse_settings
+from tess.training.settings import CHANGEABLE, ModelArguments, Settings
 
 ARM_FILE = "comparison_arm.json"
 DEFAULTS: dict[str, Any] = {"disable_tqdm": True, "num_samples_to_print": 0, "report_to": "none"}

@@ -20,7 +20,7 @@ from tess.denoiser import TessDenoiser
 from tess.errors import UserError
 from tess.schedulers.renoising import RenoisingScheduler
 from tess.storage.parts import Parts, save_parts
-from tess.text.tokenization import train_tokenizer
+from tess.text.tokenization import encode_texts, train_tokenizer
 from tiny import DECODER
 
 TEXTS = ["a cat", "the dog ran after the cat and the cat ran", "naïve 東京", "a cat sat", "b"]
@@ -53,7 +53,7 @@ def double():
 
 def sources(texts=TEXTS):
     tokenizer = parts().tokenizer
-    return [tokenizer(text).input_ids for text in texts]
+    return encode_texts(tokenizer, texts)
 
 
 @torch.no_grad()

@@ -10,7 +10,8 @@ from tess.backbones.config import HybridConfig
 from tess.config import TessConfig
 from tess.denoiser import TessDenoiser
 from tess.errors import UserError
-from tess.pipeline import TessPipeline, TessPipelineOutput
+from tess.pipeline import TessPipeline
+from tess.sampling.call import TessPipelineOutput
 from tess.sampling.sources import draw_seed, example_keys
 from tess.sampling.writer import target_lengths
 from tess.schedulers.renoising import RenoisingScheduler

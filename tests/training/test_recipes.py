@@ -11,9 +11,8 @@ import tess.training.start
 from tess.backbones.config import HybridConfig
 from tess.config import TessConfig
 from tess.costs.training import update_flops
-from tess.data.collators import objective_names
 from tess.data.tasks.catalog import get_task
-from tess.training.settings import parse_settings
+from tess.training.flags import parse_settings
 from tess.training.start import build_parts
 
 ROOT = Path(__file__).parents[2]
@@ -75,7 +74,7 @@ def test_the_page_lists_the_recipes_that_there_are():
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_is_valid_and_its_model_is_the_page_s(name, monkeypatch):
     settings = settings_of(name)
-    objective_names(settings.data.conditional_generation)
+    assert settings.data.corruptions
     if settings.data.task:
         assert "train" in get_task(settings.data.task).splits(settings.data.dataset or "samples")
     said = column(name, "parameters")

@@ -2,7 +2,7 @@
 
 import json
 
-from tess.training.settings import parse_settings
+from tess.training.flags import parse_settings
 
 
 def test_flags_win_over_the_file_and_json_is_read_too(tmp_path):

@@ -175,5 +175,5 @@ def test_script_prints_json_and_refuses_other_folders(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no model"):
         describe(tmp_path / "empty")
-    with pytest.raises(UserError, match="is not a folder"):
+    with pytest.raises(UserError, match="there is no folder"):
         describe(tmp_path / "missing")

@@ -1,6 +1,7 @@
 """Every recipe of scripts/train.py is valid, builds a model, and is what docs/recipes.md says."""
 
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from tess.config import TessConfig
 from tess.costs.training import update_flops
 from tess.data.tasks.catalog import get_task
 from tess.training.flags import parse_settings
+from tess.training.settings import OWN
 from tess.training.start import build_parts
 
 ROOT = Path(__file__).parents[2]
@@ -69,6 +71,13 @@ def column(name, title):
 
 def test_the_page_lists_the_recipes_that_there_are():
     assert set(ROWS) == set(RECIPES)
+
+
+def test_every_setting_stands_in_a_recipe_or_on_the_page():
+    recipes = (ROOT / "scripts" / "recipes").glob("*.yaml")
+    words = set(re.findall(r"\w+", PAGE + " ".join(path.read_text() for path in recipes)))
+    ours = {field.name for kind in OWN for field in fields(kind)}
+    assert not ours - words
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -505,6 +505,19 @@ def test_another_model_in_the_same_folder_is_refused(tmp_path):
 # Saving
 
 
+def test_a_final_folder_with_other_files_is_refused_before_training(tmp_path, monkeypatch):
+    monkeypatch.setattr("tess.training.run.prepare", lambda *_: pytest.fail("went on"))
+    (tmp_path / "run" / "final").mkdir(parents=True)
+    notes = tmp_path / "run" / "final" / "notes.txt"
+    notes.write_text("mine")
+    with pytest.raises(UserError, match="final holds something else than a checkpoint.*notes.txt"):
+        run(tmp_path)
+    notes.rename(notes.with_name("config.json"))  # of another model
+    with pytest.raises(UserError, match="final holds something else than a checkpoint"):
+        run(tmp_path)
+    assert notes.with_name("config.json").read_text() == "mine"
+
+
 def test_a_full_disk_leaves_the_previous_checkpoint_loadable(tmp_path, monkeypatch):
     written = torch.save
     calls = []

@@ -13,9 +13,10 @@ embeddings are tied. No published result stands behind these sizes.
 """
 
 from difflib import get_close_matches
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tess.backbones.config import HybridConfig
+if TYPE_CHECKING:
+    from tess.backbones.config import HybridConfig
 
 _H_8B = "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-"
 _H_47B = (
@@ -109,7 +110,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 """Name -> fields of HybridConfig; what is not named has HybridConfig's default."""
 
 
-def preset_config(name: str, **changes: Any) -> HybridConfig:
+def preset_config(name: str, **changes: Any) -> "HybridConfig":
     """The config of a named shape, with some fields changed.
 
     A preset with a multi-token predictor loses it with `num_nextn_predict_layers=0`.
@@ -117,6 +118,8 @@ def preset_config(name: str, **changes: Any) -> HybridConfig:
     Raises:
         ValueError: an unknown name or field, or changes that do not fit (see `HybridConfig`).
     """
+    from tess.backbones.config import HybridConfig  # needs transformers, the names do not
+
     if name not in PRESETS:
         near = get_close_matches(name, PRESETS)
         hint = f"did you mean {' or '.join(near)}" if near else f"known are {', '.join(PRESETS)}"

@@ -25,10 +25,10 @@ from tess.backbones.checkpoint import (
     tensor_names,
 )
 from tess.backbones.config import HybridConfig
+from tess.backbones.layouts import EXPERT_LAYOUTS
 from tess.backbones.pretrained import stays_float32
 
 MODEL_TYPE = "nemotron_h"
-EXPERT_LAYOUTS = ("per_expert", "stacked")
 MAX_SHARD_BYTES = 5_000_000_000
 
 _OURS_ALONE = ("mamba_direction", "mtp_after_norm_f")  # the released layout has no such fields

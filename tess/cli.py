@@ -1,15 +1,46 @@
-"""What every script does: run `main`, and turn a user's mistake into one sentence and status 2."""
+"""What every command does: parse, run `main`, and turn a user's mistake into one sentence.
 
+A command's file imports nothing heavy at its top: `make_parser` needs argparse alone, and `main`
+imports the rest once the arguments are parsed. `--help` is then quick, and a typing mistake too.
+"""
+
+import argparse
+import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
 
 from tess.errors import UserError
+from tess.version import VERSION
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 DEFAULT_CHECKPOINT = CHECKOUT / "checkpoints" / "default"
+
+INTERRUPTED, CLOSED_PIPE, MISTAKE = 130, 141, 2
+"""Exit statuses, as shells give them."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Keeps the lines of a description, knows --version, and raises its errors as `UserError`."""
+
+    def __init__(self, **options: Any) -> None:
+        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(**options)
+        add_version(self)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help lists what there is")
+
+
+def add_version(parser: argparse.ArgumentParser) -> None:
+    """The flag --version."""
+    parser.add_argument(
+        "--version", action="version", version=f"tess-diffusion {VERSION}",
+        help="print the version and leave",
+    )
 
 
 def one_sentence(error: BaseException) -> str:
@@ -18,39 +49,52 @@ def one_sentence(error: BaseException) -> str:
     return text or type(error).__name__
 
 
-def run(main: Callable[[Sequence[str] | None], int | None]) -> None:
+def run(main: Callable[[Sequence[str] | None], int | None]) -> NoReturn:
     """Call `main(None)` and leave with its status.
 
     A `UserError`, `ValueError` or `OSError` is printed as `error: <one sentence>` on stderr, status
     2; Ctrl-C gives status 130 and a closed pipe on stdout gives 141. Anything else is a defect and
     keeps its traceback.
     """
-    _disable_progress_bars()
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's `&` ignores it
+        signal.signal(signal.SIGINT, _interrupt)
+    # of the libraries, for reading and writing files; the commands have their own
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        status = main(None)
+        status = main(None) or 0
         sys.stdout.flush()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        status = INTERRUPTED
     except BrokenPipeError:
         # The reader of our output went away (`| head`); Python would complain again while it closes
         # stdout.
         sys.stdout = None
-        sys.exit(141)
+        status = CLOSED_PIPE
     except (UserError, ValueError, OSError) as error:
         print(f"error: {one_sentence(error)}", file=sys.stderr)
-        sys.exit(2)
-    sys.exit(status or 0)
+        status = MISTAKE
+    if signal.getsignal(signal.SIGINT) is _interrupt:
+        signal.signal(signal.SIGINT, _leave_at_once)  # an exit handler would print a traceback
+    sys.exit(status)
 
 
-def _disable_progress_bars() -> None:
-    """transformers' and diffusers', for reading and writing files; scripts have their own.
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Ctrl-C during an import ends the process at once, elsewhere it is a `KeyboardInterrupt`.
 
-    Imported here and where they are installed only: kernels are compiled and measured without them.
+    Libraries catch all exceptions of what they try to import, and Python prints those in the
+    callbacks of its import locks and goes on: there an exception would be lost, or be a traceback.
     """
-    for package in ("transformers", "diffusers"):
-        if find_spec(package) is not None:
-            import_module(f"{package}.utils.logging").disable_progress_bar()
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            _leave_at_once()
+        frame = frame.f_back
+    raise KeyboardInterrupt
+
+
+def _leave_at_once(*_: Any) -> NoReturn:
+    os.write(2, b"interrupted\n")  # not by `sys.stderr`, which may be what was interrupted
+    os._exit(INTERRUPTED)
 
 
 def default_checkpoint() -> Path:
@@ -61,6 +105,7 @@ def default_checkpoint() -> Path:
     """
     if not DEFAULT_CHECKPOINT.is_dir():
         raise UserError(
-            f"no shipped checkpoint at {DEFAULT_CHECKPOINT}; name one with --checkpoint DIR"
+            "no checkpoint here: give a folder or a hub id with --checkpoint, such as the folder "
+            "checkpoints/default of the repository tess-diffusion"
         )
     return DEFAULT_CHECKPOINT

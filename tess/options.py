@@ -1,6 +1,8 @@
 """Options and the mappings of a settings file: read, checked by name and by type."""
 
 import argparse
+import codecs
+import contextlib
 import difflib
 import json
 from collections.abc import Collection, Mapping
@@ -11,6 +13,13 @@ from typing import Any
 import yaml
 
 from tess.errors import UserError
+
+_MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32",  # before UTF-16, whose mark it begins with
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
 
 
 def option(default: Any, help: str, **more: Any) -> Any:
@@ -58,23 +67,99 @@ def read_config(path: Path) -> dict[str, Any]:
     """The mapping in a YAML or JSON file.
 
     Raises:
-        UserError: when it is missing, of another kind, broken, or no mapping.
+        UserError: when it is missing, of another kind, broken, no mapping, or has a key twice.
     """
     if path.suffix not in (".yaml", ".yml", ".json"):
         raise UserError(f"expected a .yaml or .json file of settings, got {str(path)!r}")
     if not path.is_file():
         raise UserError(f"there is no file {str(path)!r}")
+    text = decode(read_bytes(path), path)
     try:
-        config = (
-            json.loads(path.read_text())
-            if path.suffix == ".json"
-            else yaml.safe_load(path.read_text())
-        )
-    except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"{path} is not readable: {error}") from error
+        config = _json(text) if path.suffix == ".json" else yaml.load(text, _UniqueKeys)
+    except _Twice as error:
+        raise UserError(f"{path}, {error}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not readable: {' '.join(str(error).split())}") from error
     if not isinstance(config, dict):
         raise UserError(f"{path}: expected a mapping of settings, found {type(config).__name__}")
     return config
+
+
+def read_bytes(path: Path) -> bytes:
+    """The bytes of a file; UserError where a Git LFS pointer lies in its place."""
+    data = path.read_bytes()
+    if data.startswith(b"version https://git-lfs."):
+        raise UserError(
+            f"{path} is a Git LFS pointer in place of the file; `git lfs pull` gets the file itself"
+        )
+    return data
+
+
+def decode(data: bytes, path: Path) -> str:
+    """UTF-8 text, or UTF-16 or UTF-32 with a byte-order mark; no mark is left before any line.
+
+    Raises:
+        UserError: other bytes, with the line; a zero byte, which no text has.
+    """
+    encoding = next((name for mark, name in _MARKS.items() if data.startswith(mark)), "utf-8")
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        expected = encoding.upper()
+        raise UserError(
+            f"{path}, line {line}: expected {expected} text, found other bytes"
+        ) from error
+    if (at := text.find("\0")) >= 0:
+        raise UserError(
+            f"{path}, line {text.count(chr(10), 0, at) + 1}: expected text, found a zero byte "
+            "(a binary file, or UTF-16 without a byte-order mark)"
+        )
+    text = text.removeprefix("\ufeff").replace("\n\ufeff", "\n")  # `cat` leaves marks inside
+    return text if "\n" in text else text.replace("\r", "\n")  # the line ends of old Macs
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An `object_pairs_hook` of json: UserError for a key that an object has twice."""
+    names = set()
+    for name, _ in pairs:
+        if name in names:
+            raise _Twice(f"the key {name!r} is there twice")
+        names.add(name)
+    return dict(pairs)
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=unique_keys)
+    except _Twice:
+        # json does not say where; to YAML, JSON without tabs is YAML
+        with contextlib.suppress(yaml.YAMLError):
+            yaml.load(text.replace("\t", " "), _UniqueKeys)
+        raise
+
+
+class _Twice(UserError):
+    """A key that stands twice in one mapping."""
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """PyYAML's loader, which keeps the last of several equal keys without a word, but for that."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                raise _Twice(
+                    f"line {line}: the key {key.value!r} is there twice, "
+                    f"first on line {lines[key.value]}"
+                )
+            lines[key.value] = line
+        return node
 
 
 def unknown_name(name: str, known: list[str], kind: str) -> str:

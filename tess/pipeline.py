@@ -2,10 +2,10 @@
 
 # B examples, N candidates of each, S source positions, L target positions, V vocabulary, H hidden
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from numbers import Integral
+from dataclasses import dataclass
+from functools import partial
+from inspect import signature
 from typing import Any, Literal
 
 import torch
@@ -15,22 +15,22 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from tess.backbones.causal_lm import HybridForCausalLM
 from tess.config import TessConfig
 from tess.denoiser import TessDenoiser
 from tess.errors import UserError
-from tess.length import quantile_lengths
 from tess.sampling.blocks import Blocks
 from tess.sampling.callbacks import SHOWN, StepCallback, check_shown, step_hook
-from tess.sampling.candidates import Candidates, check_choice, choose_candidates
-from tess.sampling.control import FREE, TokenProcessor, fixed_canvas
-from tess.sampling.guidance import Guidance, Reward
-from tess.sampling.loop import Batch, Denoised, SamplingSettings, StepHook, TraceHook, denoise
-from tess.sampling.sources import Context, derived_keys, draw_seed, example_keys, id_rows, pad_left
+from tess.sampling.candidates import Candidates, choose_candidates
+from tess.sampling.control import fixed_canvas
+from tess.sampling.loop import Denoised, SamplingSettings, StepHook, TraceHook
+from tess.sampling.options import SamplerOptions
+from tess.sampling.request import Request
+from tess.sampling.sources import derived_keys, draw_seed, example_keys, id_rows
 from tess.sampling.steps import StepTrace
+from tess.sampling.writer import Writer, check_batch, check_canvas, target_lengths
 from tess.schedulers import family  # noqa: F401  diffusers loads components from imported modules
 from tess.schedulers.base import SimplexScheduler
-from tess.schedulers.stopping import StoppingRule, text_mask
+from tess.schedulers.stopping import text_mask
 from tess.text.padding import right_mask
 from tess.text.tokenization import check_tokenizer, cut_sources, decode, encode_sources
 
@@ -89,6 +89,7 @@ class TessPipeline(DiffusionPipeline):
         check_tokenizer(tokenizer, denoiser.config.vocab_size)
         check_scheduler(scheduler, denoiser.config)
         self.register_modules(denoiser=denoiser, scheduler=scheduler, tokenizer=tokenizer)
+        self._interrupt, self._num_timesteps = False, 0
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> "TessPipeline":
@@ -105,6 +106,16 @@ class TessPipeline(DiffusionPipeline):
         """The steps of a call that names none: 16, or all training steps where these are fewer."""
         return min(DEFAULT_INFERENCE_STEPS, self.scheduler.config.num_train_timesteps)
 
+    @property
+    def interrupt(self) -> bool:
+        """Whether the call that runs was told to stop; see `callback_on_step_end`."""
+        return self._interrupt
+
+    @property
+    def num_timesteps(self) -> int:
+        """The steps of the call that runs, or ran last."""
+        return self._num_timesteps
+
     @torch.no_grad()
     def __call__(
         self,
@@ -115,34 +126,43 @@ class TessPipeline(DiffusionPipeline):
         timesteps: Sequence[float] | None = None,
         top_p: float | None = None,
         temperature: float = 1.0,
-        guidance_scale: float = 1.0,
-        guidance_form: Literal["logits", "probabilities"] = "logits",
-        reward: Reward | None = None,
-        reward_scale: float = 1.0,
-        reward_steps: int = 1,
-        stopping: StoppingRule | None = None,
-        confidence_threshold: float | None = None,
+        *,
+        options: SamplerOptions | None = None,
         fixed_tokens: Tensor | None = None,
-        logits_processor: Sequence[TokenProcessor] = (),
-        num_candidates: int = 1,
-        choose_by: str = "confidence",
-        scorer: HybridForCausalLM | None = None,
-        block_length: int | None = None,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
         keys: Tensor | None = None,
         callback_on_step_end: StepCallback
         | PipelineCallback
         | MultiPipelineCallbacks
         | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("token_ids",),
+        callback_on_step_end_tensor_inputs: Sequence[str] | None = ("token_ids",),
         return_trace: bool = False,
         on_trace: TraceHook | None = None,
         use_cache: bool = True,
         output_type: Literal["text", "seq"] = "text",
         return_dict: bool = True,
         strict: bool = False,
+        **changes: Any,
     ) -> TessPipelineOutput | tuple[Tensor, list[str] | None, list[int]]:
         """Generate one text for every source.
+
+        Every option of `SamplerOptions` may be given by its name instead of in `options`, or beside
+        them, in their place: `pipe(text, guidance_scale=2.0, num_candidates=4)`. What most calls
+        name of them:
+
+            guidance_scale, guidance_form: classifier-free guidance (`Guidance`).
+            reward, reward_scale, reward_steps: climb a differentiable score (`Guidance`).
+            stopping: when an example is done before the last step, a `StoppingRule`; None: never.
+            confidence_threshold: a token of at least this probability stays.
+            logits_processor: transformers' logits processors, or functions like them; `forbid` and
+                `no_repeat_ngram` make the usual ones.
+            num_candidates, choose_by, scorer: write N texts for every source and give the best by
+                "confidence", "mbr_bleu", "mbr_chrf" or "ar", the last with the causal model
+                `scorer`. The first candidate is the text that N = 1 gives.
+            block_length: write blocks of so many tokens one after the other, each with the source
+                and all blocks before it as its context, up to gen_length tokens in all: for texts
+                longer than the canvas the model was trained on (objective "block").
+            scheduler, timestep_spacing, lowest_timestep, noise, eta: another sampler for this call.
 
         Args:
             prompt: the source texts; or
@@ -157,27 +177,18 @@ class TessPipeline(DiffusionPipeline):
                 Schedulers that read whole predictions go on with those, and only the tokens shown
                 are drawn.
             temperature: divides the logits; only with top_p.
-            guidance_scale, guidance_form, reward, reward_scale, reward_steps: see
-                `tess.sampling.guidance.Guidance`.
-            stopping: when an example is done before the last step; None: never.
-            confidence_threshold: see `tess.sampling.loop.SamplingSettings`.
+            options: how to sample; None: the defaults.
             fixed_tokens: [B, L] int64, tokens that are given as clean context, -1 where the model
                 writes: prefixes, infilling (`tess.sampling.control.template_tokens`). Without
                 gen_length L is the canvas.
-            logits_processor: transformers' logits processors, or functions like them; see
-                `tess.sampling.control.token_processors`.
-            num_candidates, choose_by, scorer: write N texts for every source and give the best by
-                "confidence", "mbr_bleu", "mbr_chrf" or "ar", the last with the causal model
-                `scorer`. The first candidate is the text that N = 1 gives.
-            block_length: write blocks of so many tokens one after the other, each with the source
-                and all blocks before it as its context, up to gen_length tokens in all: for texts
-                longer than the canvas the model was trained on (objective "block").
-            generator: gives the seed; None takes torch's global generator.
+            generator: gives the seed; a list has one for each example, whose text is then the one
+                that it would have alone. None takes torch's global generator.
             keys: [B] int64, the examples' own random keys (`example_keys`), in place of a seed: for
                 a batch that is part of a larger set.
             callback_on_step_end: called as (pipeline, step, timestep, tensors) in each step, with
                 the examples that are not done. It may return other "token_ids", with which the step
-                goes on, and other "logits", which the next step's self-conditioning reads.
+                goes on, and other "logits", which the next step's self-conditioning reads. With
+                `pipeline._interrupt = True` it ends the call with the texts as they stand.
             callback_on_step_end_tensor_inputs: which of "token_ids", "log_probs" and "entropies"
                 [B, L], "hidden_state" [B, L, H] and "logits" [B, L, V] the callback gets. The
                 first three belong to the distribution that tokens are chosen from, guided if there
@@ -195,120 +206,83 @@ class TessPipeline(DiffusionPipeline):
             UserError: an argument that cannot be meant, in one sentence.
             ValueError: the same, from the scheduler.
         """
-        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        check_shown(callback_on_step_end_tensor_inputs)
         if output_type not in ("text", "seq"):
             raise UserError(f"output_type must be 'text' or 'seq', got {output_type!r}")
-        settings = SamplingSettings(
-            top_p=top_p, temperature=temperature, stopping=stopping,
-            confidence_threshold=confidence_threshold, logits_processor=logits_processor,
-            guidance=Guidance(
-                scale=guidance_scale, form=guidance_form, reward=reward,
-                reward_scale=reward_scale, reward_steps=reward_steps,
-            ),
+        options = (options or SamplerOptions()).replace(changes, ARGUMENTS)
+        if options.needs_scorer:
+            raise UserError("choose_by='ar' needs scorer, a causal model of the same tokenizer")
+        request = Request(
+            num_inference_steps=num_inference_steps, gen_length=gen_length,
+            top_p=top_p, temperature=temperature,
         )
-        if num_candidates < 1:
-            raise UserError(f"num_candidates must be at least 1, got {num_candidates}")
-        check_choice(choose_by, num_candidates, scorer)
-        check_scheduler(self.scheduler, self.denoiser.config)  # it may have been replaced
-        self._set_timesteps(num_inference_steps, timesteps)
+        writer = self._writer(
+            options,
+            request,
+            timesteps,
+            on_step=(callback_on_step_end, callback_on_step_end_tensor_inputs),
+            on_trace=on_trace,
+            keep_trace=return_trace,
+        )
         rows = self._sources(prompt, input_ids, strict)
-        if keys is None:
-            keys = example_keys(rows, draw_seed(generator))
-        if keys.shape != (len(rows),):
-            raise UserError(f"keys must be [{len(rows)}], one per source, got {list(keys.shape)}")
-        keys = derived_keys(keys, num_candidates, "candidate")
-        hook = None
-        if callback_on_step_end is not None:
-            hook = step_hook(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
-        options = {
-            "settings": settings,
-            "hook": hook,
-            "keep_trace": return_trace,
-            "on_trace": on_trace,
-        }
-
-        context, log_probs = self._read(rows, with_lengths=gen_length is None)
-        if block_length is None:
-            lengths = None
-            if gen_length is not None or fixed_tokens is None:
-                lengths = self.target_lengths(rows, gen_length, log_probs)
-            fixed, lengths = self._fixed(fixed_tokens, lengths, len(rows))
-            every = torch.arange(len(rows)).repeat_interleave(num_candidates)
-            context = context.select(every.to(context.source_ids.device))
-            if fixed is not None:
-                fixed = fixed[every]
-            lengths = [length for length in lengths for _ in range(num_candidates)]
-            if not use_cache:
-                context = context.without_cache()
-            written = self._denoise(context, lengths, keys, fixed_tokens=fixed, **options)
-        else:
-            blocks = Blocks.of(self, block_length, gen_length, fixed_tokens, return_trace)
-            written, lengths = blocks.write(context, rows, keys, num_candidates, use_cache, options)
+        keys = self._keys(rows, keys, generator)
+        written, lengths = self._write(
+            writer, rows, keys, request, options, fixed_tokens, use_cache
+        )
         self.maybe_free_model_hooks()
-        return self._output(
-            written, lengths, rows, num_candidates, choose_by, scorer, output_type, return_dict
-        )
+        return self._output(written, lengths, rows, options, output_type, return_dict)
 
-    def _denoise(
+    def _writer(
         self,
-        context: Context,
-        lengths: Sequence[int],
-        keys: Tensor,
-        *,
-        settings: SamplingSettings,
-        hook: StepHook | None,
-        on_trace: TraceHook | None,
-        keep_trace: bool,
-        fixed_tokens: Tensor | None = None,
-    ) -> Denoised:
-        """One canvas for every row of the context."""
-        device = context.source_ids.device
-        target_mask = right_mask(lengths).to(device)
-        batch = Batch(
-            index=torch.arange(len(lengths)),
-            sample=self.scheduler.initial(tuple(target_mask.shape), keys.to(device)),
-            target_mask=target_mask,
-            context=context,
-            empty=self._empty(len(lengths), context) if settings.guidance.contrasts else None,
-            fixed_ids=None if fixed_tokens is None else fixed_tokens.to(device),
-            held_ids=None
-            if settings.confidence_threshold is None
-            else torch.full_like(target_mask, FREE),
-            left_ids=self._left_ids(target_mask, fixed_tokens),
-        )
-        with self.progress_bar(total=len(self.scheduler.timesteps)) as progress:
-            return denoise(
-                self.denoiser,
-                self.scheduler,
-                batch,
-                settings,
-                eos_token_id=self.tokenizer.eos_token_id,
-                pad_token_id=self.tokenizer.pad_token_id,
-                on_step=hook,
-                on_trace=on_trace,
-                after_step=progress.update,
-                keep_trace=keep_trace,
-            )
-
-    def _left_ids(self, target_mask: Tensor, fixed_tokens: Tensor | None) -> Tensor:
-        """What stands on the canvas before the first step."""
-        pad = self.tokenizer.pad_token_id
-        if fixed_tokens is None:
-            return torch.full_like(target_mask, pad)
-        fixed_tokens = fixed_tokens.to(target_mask.device)
-        return fixed_tokens.masked_fill(fixed_tokens == FREE, pad)
-
-    def _set_timesteps(self, steps: int | None, timesteps: Sequence[float] | None) -> None:
-        device = self._execution_device
-        if timesteps is None:
-            steps = self.default_num_inference_steps if steps is None else steps
-            self.scheduler.set_timesteps(steps, device=device)
-        elif steps is None:
-            self.scheduler.set_timesteps(timesteps=timesteps, device=device)
-        else:
+        options: SamplerOptions,
+        request: Request,
+        timesteps: Sequence[float] | None = None,
+        on_step: tuple[StepCallback | None, Sequence[str] | None] = (None, None),
+        **watched: Any,
+    ) -> Writer:
+        """What writes as this call asks; the scheduler has its timesteps."""
+        config, device = self.denoiser.config, self._execution_device
+        scheduler = options.replace_scheduler(self.scheduler)
+        check_scheduler(scheduler, config)  # the pipeline's own may have been replaced
+        steps = request.num_inference_steps
+        if timesteps is not None and steps is not None:
             raise UserError("pass at most one of num_inference_steps and timesteps")
+        if timesteps is None and steps is None:
+            steps = self.default_num_inference_steps
+        scheduler.set_timesteps(steps, device=device, timesteps=timesteps)
+        self._num_timesteps = len(scheduler.timesteps)
+        self._interrupt = False
+        return Writer(
+            denoiser=self.denoiser,
+            scheduler=scheduler,
+            bos_token_id=self.tokenizer.bos_token_id,
+            eos_token_id=self.tokenizer.eos_token_id,
+            pad_token_id=self.tokenizer.pad_token_id,
+            device=device,
+            settings=SamplingSettings.of(options, request, self.tokenizer),
+            progress=self.progress_bar,
+            on_step=self._hook(scheduler, *on_step),
+            interrupted=lambda: self.interrupt,
+            **watched,
+        )
+
+    def _hook(
+        self,
+        scheduler: SimplexScheduler,
+        callback: StepCallback | None,
+        names: Sequence[str] | None,
+    ) -> StepHook | None:
+        if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
+            names = callback.tensor_inputs
+        names = check_shown(names, self._callback_tensor_inputs)
+        if callback is None:
+            return None
+        return step_hook(
+            partial(callback, self),
+            names,
+            logits=self.denoiser.logits,
+            reads=scheduler.reads,
+            self_conditioning=self.denoiser.config.self_conditioning,
+        )
 
     def _sources(
         self,
@@ -316,6 +290,7 @@ class TessPipeline(DiffusionPipeline):
         input_ids: Tensor | Sequence[Sequence[int]] | None,
         strict: bool,
     ) -> list[list[int]]:
+        """The sources as rows of ids, no longer than the model takes."""
         if (prompt is None) == (input_ids is None):
             raise UserError("pass exactly one of prompt and input_ids")
         longest = self.denoiser.config.max_source_length
@@ -333,98 +308,88 @@ class TessPipeline(DiffusionPipeline):
             raise UserError("expected at least one prompt, got none")
         return rows
 
-    def _read(
-        self, rows: Sequence[Sequence[int]], with_lengths: bool = False
-    ) -> tuple[Context, Tensor | None]:
-        """The sources' encoding and, with a length head, log-probabilities of target lengths."""
-        context = pad_left(rows, self.tokenizer.pad_token_id, self._execution_device)
-        reading = self.denoiser.read_source(context.source_ids, context.source_mask)
-        log_probs = None
-        if with_lengths and self.denoiser.config.length_head:
-            lengths_B = context.source_mask.sum(dim=1)
-            log_probs = self.denoiser.length_log_probs(reading.last_state, lengths_B)
-        return replace(context, cache=reading.cache), log_probs
-
-    def _empty(self, batch: int, like: Context) -> Context:
-        """The empty source for every row, encoded once where the sources are."""
-        ids = [self.tokenizer.bos_token_id, self.tokenizer.eos_token_id]
-        row = [token for token in ids if token is not None]
-        if like.cache is None:
-            context = pad_left([row], self.tokenizer.pad_token_id, like.source_ids.device)
-        else:
-            context, _ = self._read([row])
-        return context.select(torch.zeros(batch, dtype=torch.long, device=like.source_ids.device))
-
-    def target_lengths(
+    def _keys(
         self,
-        sources: Sequence[Sequence[int]],
-        gen_length: int | Sequence[int] | None,
-        log_probs: Tensor | None = None,
-    ) -> list[int]:
-        """Each example's canvas in tokens: `gen_length`, else by length head, else by the rule.
-
-        log_probs: [B, N] of the lengths 1 .. N, where the model has a length head.
-        """
-        config = self.denoiser.config
-        if gen_length is not None:
-            return self._given_lengths(gen_length, len(sources))
-        margin, longest = config.target_length_margin, config.max_target_length
-        if log_probs is not None:
-            wanted = quantile_lengths(log_probs, config.target_length_quantile).tolist()
-            return [max(1, min(length + margin, longest)) for length in wanted]
-        if config.target_length_ratio is None:
-            return [longest] * len(sources)
-        wanted = [math.ceil(config.target_length_ratio * len(row)) + margin for row in sources]
-        return [max(1, min(length, longest)) for length in wanted]
-
-    def _given_lengths(self, gen_length: int | Sequence[int], batch: int) -> list[int]:
-        if isinstance(gen_length, (float, str)):
-            raise UserError(f"gen_length must be an integer or one per example, got {gen_length!r}")
-        one = isinstance(gen_length, Integral)
-        lengths = [int(gen_length)] * batch if one else [int(length) for length in gen_length]
-        if len(lengths) != batch:
-            raise UserError(f"gen_length must be one number or {batch}, got {len(lengths)}")
-        if min(lengths) <= 0:
-            raise UserError(f"gen_length must be above 0, got {min(lengths)}")
-        positions = self.denoiser.config.num_target_positions
-        if 0 < positions < max(lengths):
-            raise UserError(
-                f"gen_length must be at most {positions}, the model's learned target positions, "
-                f"got {max(lengths)}"
+        rows: list[list[int]],
+        keys: Tensor | None,
+        generator: torch.Generator | Sequence[torch.Generator] | None,
+    ) -> Tensor:
+        """[B] int64, the random key of each source."""
+        if keys is None:
+            if generator is None or isinstance(generator, torch.Generator):
+                return example_keys(rows, draw_seed(generator))
+            if len(generator) != len(rows):
+                raise UserError(
+                    f"generator must be one or a list of {len(rows)}, one per source, got "
+                    f"{len(generator)}"
+                )
+            return torch.cat(
+                [example_keys([row], draw_seed(own)) for row, own in zip(rows, generator)]
             )
-        return lengths
+        if keys.shape != (len(rows),):
+            raise UserError(f"keys must be [{len(rows)}], one per source, got {list(keys.shape)}")
+        return keys
 
-    def _fixed(
-        self, fixed_tokens: Tensor | None, lengths: list[int] | None, batch: int
-    ) -> tuple[Tensor | None, list[int]]:
-        if fixed_tokens is None:
-            return None, lengths
-        size = self.denoiser.config.vocab_size
-        fixed, lengths = fixed_canvas(fixed_tokens, lengths, batch, size)
-        return fixed, self._given_lengths(lengths, batch)
+    def _write(
+        self,
+        writer: Writer,
+        rows: list[list[int]],
+        keys: Tensor,
+        request: Request,
+        options: SamplerOptions,
+        fixed_tokens: Tensor | None,
+        use_cache: bool,
+    ) -> tuple[Denoised, list[int]]:
+        """All candidates of all sources, and the canvas of each."""
+        count = options.num_candidates
+        every = torch.arange(len(rows)).repeat_interleave(count)
+        check_batch(len(every))
+        if options.block_length is not None:
+            if fixed_tokens is not None:
+                raise UserError("fixed_tokens belongs to one canvas; leave out block_length")
+            blocks = Blocks(writer, options.block_length, request.gen_length)
+        context, log_probs = writer.read(rows, with_lengths=request.gen_length is None)
+        context = context.select(every.to(writer.device))
+        keys = derived_keys(keys, count, "candidate")
+        if options.block_length is not None:
+            repeated = [rows[row] for row in every.tolist()]
+            return blocks.write(context, repeated, keys, use_cache), [blocks.total] * len(every)
+        config = self.denoiser.config
+        lengths = request.lengths(len(rows))
+        if lengths is None and fixed_tokens is None:
+            lengths = target_lengths(config, rows, log_probs)
+        if fixed_tokens is not None:
+            fixed_tokens, lengths = fixed_canvas(
+                fixed_tokens, lengths, len(rows), config.vocab_size
+            )
+            fixed_tokens = fixed_tokens[every]
+        check_canvas(config, lengths)
+        lengths = [length for length in lengths for _ in range(count)]
+        if not use_cache:
+            context = context.without_cache()
+        return writer.write(context, lengths, keys, fixed_tokens), lengths
 
     def _output(
         self,
         written: Denoised,
         lengths: list[int],
         rows: list[list[int]],
-        num_candidates: int,
-        choose_by: str,
-        scorer: HybridForCausalLM | None,
+        options: SamplerOptions,
         output_type: str,
         return_dict: bool,
     ) -> TessPipelineOutput | tuple[Tensor, list[str] | None, list[int]]:
+        """The chosen texts, without what follows their ends."""
         inside = text_mask(written.token_ids, right_mask(lengths), self.tokenizer.eos_token_id)
         sequences = written.token_ids.masked_fill(~inside, self.tokenizer.pad_token_id)
-        candidates, nfe = None, written.nfe
-        if num_candidates > 1:
+        candidates, nfe, count = None, written.nfe, options.num_candidates
+        if count > 1:
             candidates = choose_candidates(
-                sequences, inside, written.log_probs, nfe, rows, num_candidates,
-                choose_by=choose_by, scorer=scorer, tokenizer=self.tokenizer,
+                sequences, inside, written.log_probs, nfe, rows, count,
+                choose_by=options.choose_by, scorer=options.scorer, tokenizer=self.tokenizer,
             )
             sequences = sequences[candidates.chosen_rows()]
             nfe = [sum(each) for each in candidates.nfe]
-            lengths = lengths[::num_candidates]
+            lengths = lengths[::count]
         texts = None
         if output_type == "text":
             texts = [decode(self.tokenizer, row) for row in sequences.tolist()]
@@ -438,6 +403,10 @@ class TessPipeline(DiffusionPipeline):
             candidates=candidates,
             trace=written.trace,
         )
+
+
+ARGUMENTS = tuple(signature(TessPipeline.__call__).parameters)[1:-1]
+"""What a call takes by name beside the options."""
 
 
 def check_scheduler(scheduler: SimplexScheduler, config: TessConfig) -> None:

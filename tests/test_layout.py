@@ -21,12 +21,13 @@ MAY_IMPORT = {
     "scripts": {"", *SIDE_FOLDERS},
 }
 # What every room of `tess` may import, of the rooms and of the files at its root.
-FOR_ALL = {"errors", "options", "version"}
+FOR_ALL = {"errors", "options", "version", "progress"}
 MODEL = {"config", "self_conditioning", "length", "denoiser"}
 ROOMS = {
     "errors": set(),
     "options": set(),
     "version": set(),
+    "progress": set(),
     "cli": set(),
     "config": set(),
     "self_conditioning": {"config"},
@@ -39,8 +40,8 @@ ROOMS = {
     "pipeline": {"text", *MODEL, "sampling"},
     "trace": {"text", "sampling"},
     "storage": {"text", *MODEL, "pipeline"},
-    "decoders": {"text", "sampling", "pipeline", "storage"},
-    "costs": {"text", *MODEL, "storage", "decoders"},
+    "costs": {"text", *MODEL, "storage"},
+    "decoders": {"text", "sampling", "pipeline", "storage", "costs.decoding"},
     "training": {"text", "data", *MODEL, "sampling", "pipeline", "storage", "decoders"},
     "evaluation": {"text", "data", "metrics", "costs.machine", "storage.files"},
 }
@@ -185,6 +186,7 @@ def test_every_room_is_in_the_table():
         ("errors", "tess.cli"),
         ("options", "tess.text.tokenization"),
         ("version", "tess.cli"),
+        ("progress", "tess.cli"),
         ("cli", "tess.storage.parts"),
         ("config", "tess.denoiser"),
         ("self_conditioning", "tess.length"),

@@ -20,8 +20,7 @@ from tess.data.tasks.catalog import load_task
 from tess.decoders.autoregressive import ArDecoder
 from tess.decoders.load import load_decoder
 from tess.errors import UserError
-from tess.text.padding import pad_sources
-from tess.text.tokenization import encode_sources
+from tess.text.padding import pad_left
 
 TASK = "simplification"
 SPLITS = ("test", "train")  # of the packaged rows, in that order; 200 sources together
@@ -107,9 +106,7 @@ def packaged_sources(decoder: ArDecoder, rows: int) -> list[list[int]]:
     texts = [example.source for split in SPLITS for example in load_task(TASK, split)]
     if not 1 <= rows <= len(texts):
         raise UserError(f"--rows must be from 1 to the {len(texts)} packaged sources, got {rows}")
-    limit = decoder._max_source_length()
-    encoded = encode_sources(decoder.tokenizer, texts[:rows], limit, False)
-    return sorted(encoded, key=len)
+    return sorted(decoder.encode(texts[:rows]).rows, key=len)
 
 
 def _compare(
@@ -120,7 +117,7 @@ def _compare(
     repeats: int,
 ) -> list[dict[str, Any]]:
     batches = [
-        pad_sources(sources[i : i + size], decoder.tokenizer.pad_token_id)
+        pad_left(sources[i : i + size], decoder.tokenizer.pad_token_id)
         for i in range(0, len(sources), size)
     ]
     device = decoder.model.device

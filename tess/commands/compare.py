@@ -4,24 +4,19 @@ Trains both arms (or takes checkpoints), writes the test rows with every system,
 intervals and paired tests, times them, and writes report.json (keys: docs/comparison.md),
 report.md and two figures. The same command goes on from what is finished. Example:
 
-    python scripts/compare.py --recipe scripts/recipes/compare_smallest.yaml
+    tess-compare --recipe scripts/recipes/compare_smallest.yaml
 """
 
 import argparse
 from collections.abc import Sequence
 
-from tess.cli import run
-from tess.comparison.overview import read_reports, write_overview
-from tess.comparison.recipe import read_recipe
-from tess.comparison.run import PARTS, compare
+from tess.cli import Parser, run
+from tess.comparison.settings import PARTS
 from tess.errors import UserError
-from tess.storage.files import prepare_output_dir
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def make_parser() -> argparse.ArgumentParser:
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--recipe", help="YAML or JSON file; keys: docs/comparison.md")
@@ -44,10 +39,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = build_parser().parse_args(argv)
+    args = make_parser().parse_args(argv)
     if args.overview:
         _overview(args)
         return
+
+    from tess.comparison.recipe import read_recipe
+    from tess.comparison.run import compare
+
     recipe = read_recipe(args.recipe, args.output_dir, args.data_root)
     report = compare(
         recipe, only=args.only, plots=args.plots, progress=True,
@@ -62,6 +61,10 @@ def _overview(args: argparse.Namespace) -> None:
         raise UserError("--overview needs an --output_dir to write to")
     if args.only or args.data_root:
         raise UserError("--only and --data_root belong to --recipe")
+
+    from tess.comparison.overview import read_reports, write_overview
+    from tess.storage.files import prepare_output_dir
+
     folder = prepare_output_dir(args.output_dir)
     written = write_overview(read_reports(args.overview), folder, plots=args.plots)
     print(f"wrote {', '.join(str(path) for path in written)}")

@@ -1,9 +1,9 @@
-"""Make a causal checkpoint a TESS pipeline, or back: scripts/convert_checkpoint.py SOURCE TARGET
+"""Make a causal checkpoint a TESS pipeline, or back: tess-convert SOURCE TARGET
 
 SOURCE is a folder as NVIDIA releases Nemotron-H, v2 and 3 (config.json, safetensors, tokenizer), or
-one that scripts/train.py wrote. The pipeline has all its weights, a new time embedding, and a
+one that tess-train wrote. The pipeline has all its weights, a new time embedding, and a
 second Mamba scan behind gates at zero: the causal function is unchanged to the last bit, and
-training the pipeline (scripts/train.py --init_from TARGET) is the adaptation. With --to released a
+training the pipeline (tess-train --init_from TARGET) is the adaptation. With --to released a
 pipeline or a causal checkpoint becomes a folder in the released layout again.
 """
 
@@ -11,23 +11,18 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
-from tess.backbones.released import EXPERT_LAYOUTS
-from tess.cli import run
+from tess.backbones.layouts import EXPERT_LAYOUTS
+from tess.cli import Parser, run
 from tess.errors import UserError
-from tess.storage.conversion import causal_to_tess, tess_to_causal
 
 DTYPES = ("float32", "bfloat16", "float16")
 OF_TESS = ("dtype", "tokenizer", "simplex_value", "max_source_length", "max_target_length")
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("source", type=Path, metavar="SOURCE", help="checkpoint folder to read")
+    add("source", metavar="SOURCE", help="checkpoint to read, a folder or a hub id")
     add("target", type=Path, metavar="TARGET", help="folder to write; replaces a checkpoint")
     add("--to", choices=("tess", "released"), default="tess", help="(default: %(default)s)")
     add("--dtype", choices=DTYPES, help="of the pipeline's weights (default: as stored)")
@@ -44,13 +39,20 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
+
+    import torch
+
+    from tess.storage.conversion import causal_to_tess, tess_to_causal
+    from tess.storage.hub import local_folder
+
+    source = local_folder(args.source)
     if args.to == "tess":
         if args.expert_layout:
             raise UserError("--expert_layout goes with --to released")
         names = ("simplex_value", "max_source_length", "max_target_length")
         fields = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
         left_out = causal_to_tess(
-            args.source,
+            source,
             args.target,
             dtype=getattr(torch, args.dtype) if args.dtype else None,
             tokenizer=args.tokenizer,
@@ -60,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if given := [name for name in OF_TESS if getattr(args, name) is not None]:
             raise UserError(f"--{given[0]} goes with --to tess")
         left_out = tess_to_causal(
-            args.source, args.target, expert_layout=args.expert_layout or EXPERT_LAYOUTS[0]
+            source, args.target, expert_layout=args.expert_layout or EXPERT_LAYOUTS[0]
         )
     print(f"wrote {args.target}")
     if left_out:

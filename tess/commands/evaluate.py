@@ -2,32 +2,24 @@
 
 Writes report.json (keys: docs/evaluation.md), report.md and predictions.jsonl. Example:
 
-    python scripts/evaluate.py --task simplification --limit 20 --output_dir out
+    tess-evaluate --task simplification --limit 20 --output_dir out
 """
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
-from tess.cli import default_checkpoint, run
+from tess.cli import Parser, default_checkpoint, run
 from tess.data.rows import load_rows
 from tess.data.tasks.catalog import DEFAULT_DATASET, TASKS, load_task
-from tess.decoders.load import load_decoder
 from tess.decoders.options import add_sampler_flags, sampler_options
 from tess.errors import UserError
-from tess.evaluation import run as evaluation
-from tess.evaluation.page import summary
-from tess.metrics.bertscore import BertScore
-from tess.metrics.protocols import PROTOCOLS
-from tess.storage.files import prepare_output_dir
+from tess.metrics.catalog import PROTOCOLS
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def make_parser() -> argparse.ArgumentParser:
+    parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("--checkpoint", help="folder of a checkpoint (default: the one shipped in the repository)")
+    add("--checkpoint", help="a folder or a hub id (default: the shipped one)")
     rows = parser.add_mutually_exclusive_group(required=True)
     rows.add_argument("--task", help=f"one of {', '.join(TASKS)}")
     rows.add_argument("--data", help="JSONL, CSV, TSV or Parquet file with source and target")
@@ -58,7 +50,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = build_parser().parse_args(argv)
+    args = make_parser().parse_args(argv)
+    checkpoint = args.checkpoint or default_checkpoint()
     if args.data:
         if args.split or args.dataset:
             raise UserError("--split and --dataset go with --task, not with --data")
@@ -70,9 +63,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         data = {"file": None, "task": args.task, "dataset": dataset, "split": split}
     if args.bertscore and not args.protocol:
         raise UserError("--bertscore goes with --protocol")
+
+    from tess.decoders.load import load_decoder
+    from tess.evaluation import run as evaluation
+    from tess.evaluation.page import summary
+    from tess.metrics.bertscore import BertScore
+    from tess.storage.files import prepare_output_dir
+
     bertscore = BertScore(args.bertscore) if args.bertscore else None
     folder = prepare_output_dir(args.output_dir)
-    checkpoint = Path(args.checkpoint) if args.checkpoint else default_checkpoint()
     result = evaluation.evaluate(
         load_decoder(
             checkpoint,

@@ -1,4 +1,4 @@
-"""Write a text for each source: scripts/generate.py [TEXT ...] [--input FILE] [--flag value ...]
+"""Write a text for each source: tess-generate [TEXT ...] [--input FILE] [--flag value ...]
 
 Prints the texts, the number of network evaluations (NFE) and the time. Without --checkpoint the
 shipped one is used.
@@ -11,18 +11,15 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tess.cli import default_checkpoint, run
-from tess.decoders.base import DECODERS, Decoder, Generation
-from tess.decoders.diffusion import TessDecoder
-from tess.decoders.load import load_decoder
+from tess.cli import Parser, default_checkpoint, run
+from tess.decoders.base import DECODERS
 from tess.decoders.options import add_sampler_flags, sampler_options
 from tess.errors import UserError
-from tess.sampling.control import template_tokens
-from tess.storage.files import write_atomically
-from tess.trace.live import LiveDenoising
-from tess.trace.page import trace_page
+
+if TYPE_CHECKING:
+    from tess.decoders.base import Decoder, Generation
 
 JSON_KEYS = """\
 --json prints one object; its keys are stable:
@@ -45,21 +42,15 @@ JSON_KEYS = """\
 
 def make_parser() -> argparse.ArgumentParser:
     """The flags; names are stable."""
-    parser = argparse.ArgumentParser(
-        prog="scripts/generate.py",
-        description=__doc__,
-        epilog=JSON_KEYS,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(description=__doc__, epilog=JSON_KEYS)
     parser.add_argument("texts", nargs="*", metavar="TEXT", help="source texts")
     parser.add_argument(
         "--input", type=Path, metavar="FILE", help="a file with one source per line; - reads stdin"
     )
     parser.add_argument(
         "--checkpoint",
-        type=Path,
-        metavar="DIR",
-        help="a checkpoint folder (default: the shipped one)",
+        metavar="DIR | ID",
+        help="a folder or a hub id, owner/name[@revision] (default: the shipped one)",
     )
     parser.add_argument(
         "--decoder", choices=DECODERS, help="default: tess where the checkpoint has it"
@@ -140,6 +131,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.trace is not None and args.trace.is_dir():
         raise UserError(f"--trace {args.trace} is a folder; expected the name of a file")
     sampler = sampler_options(args)
+
+    from tess.decoders.load import load_decoder
+
     start = time.perf_counter()
     decoder = load_decoder(
         checkpoint,
@@ -174,13 +168,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def write_one_batch(
-    decoder: Decoder, texts: list[str], args: argparse.Namespace, options: dict[str, Any]
-) -> list[Generation]:
+    decoder: "Decoder", texts: list[str], args: argparse.Namespace, options: dict[str, Any]
+) -> "list[Generation]":
     """What needs every step, or a canvas with given tokens: all texts at once.
 
     Raises:
         UserError: for a decoder other than tess.
     """
+    from tess.decoders.diffusion import TessDecoder
+    from tess.sampling.control import template_tokens
+    from tess.storage.files import write_atomically
+    from tess.trace.live import LiveDenoising
+    from tess.trace.page import trace_page
+
     if not isinstance(decoder, TessDecoder):
         raise UserError(
             f"--trace, --live and --template belong to the tess decoder, and this one is "
@@ -199,9 +199,10 @@ def write_one_batch(
             **options,
         )
     if args.trace is not None:
-        count = decoder.num_candidates
+        described = decoder.describe()
+        count = described.num_candidates
         steps = options["num_inference_steps"] or decoder.default_num_inference_steps
-        settings = {**options, "scheduler": decoder.scheduler_name, "num_inference_steps": steps}
+        settings = {**options, "scheduler": described.scheduler, "num_inference_steps": steps}
         page = trace_page(
             out.trace,
             decoder.tokenizer,
@@ -234,7 +235,7 @@ def read_lines(path: Path) -> list[str]:
     return lines
 
 
-def as_rows(texts: list[str], results: list[Generation]) -> list[dict[str, Any]]:
+def as_rows(texts: list[str], results: "list[Generation]") -> list[dict[str, Any]]:
     return [
         {
             "source": text,
@@ -248,7 +249,9 @@ def as_rows(texts: list[str], results: list[Generation]) -> list[dict[str, Any]]
     ]
 
 
-def print_texts(results: list[Generation], head: dict[str, Any], seconds: dict[str, float]) -> None:
+def print_texts(
+    results: "list[Generation]", head: dict[str, Any], seconds: dict[str, float]
+) -> None:
     for result in results:
         print(result.text)
     evaluations = [result.nfe for result in results]

@@ -1,4 +1,4 @@
-"""Parameters, cache sizes and least times: python scripts/model_info.py [DIR | PRESET] [--gpu h100]
+"""Parameters, cache sizes and least times: tess-info [DIR | ID | PRESET] [--gpu h100]
 
 No weights are read, and a preset needs no files at all. With --gpu: the least time on one GPU of a
 step of plain autoregressive decoding (AR), of a round of drafts from the multi-token predictor
@@ -13,9 +13,8 @@ from dataclasses import fields
 from typing import Any
 
 from tess.backbones.presets import PRESETS
-from tess.cli import default_checkpoint, run
-from tess.costs.model_info import describe
-from tess.costs.roofline import GPUS, Workload
+from tess.cli import Parser, default_checkpoint, run
+from tess.costs.gpus import GPUS, Workload
 from tess.errors import UserError
 
 JSON_KEYS = """\
@@ -60,11 +59,15 @@ WORK = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, read the configs, print."""
-    args = _parser().parse_args(argv)
+    args = make_parser().parse_args(argv)
     given = {name: getattr(args, name) for name in WORK if getattr(args, name) is not None}
     if given and args.gpu is None:
         raise UserError(f"--{next(iter(given))} belongs to the times, which need --gpu")
-    models = describe(args.model or default_checkpoint(), args.gpu, Workload(**given))
+    model, work = args.model or default_checkpoint(), Workload(**given)
+
+    from tess.costs.model_info import describe
+
+    models = describe(model, args.gpu, work)
     if args.json:
         print(json.dumps(models, indent=2))
         return
@@ -74,18 +77,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(_times(model["roofline"]))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog=JSON_KEYS,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def make_parser() -> argparse.ArgumentParser:
+    parser = Parser(description=__doc__, epilog=JSON_KEYS)
     parser.add_argument(
         "model",
-        metavar="DIR | PRESET",
+        metavar="DIR | ID | PRESET",
         nargs="?",
-        help="a checkpoint folder, ours or a released nemotron_h one (default: the shipped one), "
-        f"or one of {', '.join(PRESETS)}; ./NAME is the folder of that name",
+        help="a checkpoint's folder or hub id, ours or a released nemotron_h one (default: the "
+        f"shipped one), or one of {', '.join(PRESETS)}; ./NAME is the folder of that name",
     )
     parser.add_argument("--gpu", choices=GPUS, help="print the least times on this GPU too")
     for field in fields(Workload):

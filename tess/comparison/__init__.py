@@ -1,6 +1,7 @@
 """Decoders trained alike and compared, from a recipe to a report; `run.compare` is the door.
 
 run           plan, train, write, time, report
+settings      what may be asked beside the recipe
 recipe        what a recipe may say
 rows          training and test rows, and the facts about them
 arms          the trainings of both arms, and whether they are alike

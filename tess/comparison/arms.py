@@ -24,9 +24,9 @@ from tess.errors import UserError
 from tess.options import known_keys
 from tess.storage.files import write_atomically
 from tess.storage.parts import Parts, kind_of, own_fields
+from tess.training.place import TRAINER_STATE_FILE, read_state
 from tess.training.run import FINAL_FOLDER, train
 from tess.training.settings import CHANGEABLE, ModelArguments, Settings, parse_settings
-from tess.training.trainer import TRAINER_STATE_FILE
 
 ARM_FILE = "comparison_arm.json"
 DEFAULTS: dict[str, Any] = {"disable_tqdm": True, "num_samples_to_print": 0, "report_to": "none"}
@@ -328,9 +328,9 @@ def digest_folder(folder: Path) -> str:
 def updates_of(folder: Path) -> int | None:
     """Updates of the training whose output folder this is; None where it has no checkpoint."""
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    if last is None or not (state := Path(last) / TRAINER_STATE_FILE).is_file():
+    if last is None or not (Path(last) / TRAINER_STATE_FILE).is_file():
         return None
-    return json.loads(state.read_text())["global_step"]
+    return read_state(Path(last))["global_step"]
 
 
 def run_arm(arm: Arm, advance: Callable[[int], None] = lambda updates: None) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from collections.abc import Callable
 import torch
 
 from tess.comparison.arms import Arm, finished_arm
-from tess.comparison.systems import without_warnings
 from tess.comparison.timing import evenly_spaced
 from tess.data.texts import load_data
 from tess.decoders.load import load_decoder
@@ -58,8 +57,8 @@ def distill(arm: Arm, advance: Callable[[int], None] = lambda rows: None) -> int
     width = max(BATCH_SIZE // beams, 1)
     while len(texts) < len(chosen):
         now = chosen[len(texts) : len(texts) + CHUNK]
-        with without_warnings():  # the training says what it drops or cuts
-            texts += [one.text for one in decoder.generate(now, batch_size=width)]
+        rows = decoder.encode(now, warn=False).rows  # the training says what it drops or cuts
+        texts += [one.text for one in decoder.generate_ids(rows, batch_size=width)]
         keep(part, key, {"texts": texts})
         advance(len(now))
     pairs = [

@@ -13,10 +13,10 @@ from typing import Any
 from tess.data.tasks.catalog import DEFAULT_DATASET, get_task
 from tess.decoders.base import DECODERS
 from tess.decoders.beam_search import wants_beams
-from tess.decoders.options import SamplerOptions
 from tess.errors import UserError
-from tess.metrics.protocols import get_protocol
+from tess.metrics.catalog import get_protocol
 from tess.options import known_keys, read_config, typed
+from tess.sampling.options import SamplerOptions
 from tess.training.settings import make_parser
 
 ARMS = ("tess", "ar")
@@ -25,7 +25,7 @@ RESERVED = (COPY, LEAD, TRUNCATION, FIXED, UNTRAINED)
 UNTRAINED_STEPS = 16
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 
-_OPTIONS = {f.name: f.type for f in dataclasses.fields(SamplerOptions) if f.name != "scorer"}
+_OPTIONS = {f.name: f.type for f in SamplerOptions.flags()}
 _DECODING = {
     "num_inference_steps": int,
     "gen_length": int,

@@ -10,7 +10,8 @@ from tess.comparison.systems import Models
 from tess.comparison.timing import evenly_spaced
 from tess.data.rows import Example
 from tess.evaluation.protocol import figures
-from tess.metrics.protocols import PROTOCOLS, ProtocolScores, baselines, lead_sentences, mean_words
+from tess.metrics.catalog import PROTOCOLS
+from tess.metrics.protocols import ProtocolScores, baselines, lead_sentences, mean_words
 from tess.metrics.significance import LEVEL, RESAMPLES
 
 _HIDDEN = {"output_dir", "init_from", "tokenizer", "objective", "data_root", *DEFAULTS}
@@ -154,7 +155,7 @@ def _one_seed(
             else share_equal(texts[name], texts[greedy]),
             "intervals_apart": verdict(measures[name], others, main, higher),
             "empty_texts": sum(not text.strip() for text in texts[name]),
-            "cost": costs(system.decoder, rows)
+            "cost": costs(rows)
             | {key: described[key] for key in ("flops_per_output_token", "flops_note")},
         }
     return found

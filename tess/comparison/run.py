@@ -39,6 +39,7 @@ from tess.comparison.progress import (
 from tess.comparison.recipe import ARMS, Recipe, System
 from tess.comparison.results import make_results
 from tess.comparison.rows import load_test_rows, training_facts
+from tess.comparison.settings import PARTS
 from tess.comparison.systems import (
     UNTRAINED_SYSTEM,
     Models,
@@ -58,8 +59,6 @@ from tess.evaluation.plots import check_plots
 from tess.storage.files import prepare_output_dir, write_atomically
 from tess.storage.kept import keep, kept
 from tess.storage.parts import load_parts
-
-PARTS = ("train", "decode", "report")
 
 
 @dataclass
@@ -275,7 +274,7 @@ def _write(run: Comparison, system: System, models: Models, only: str | None):
     decoder = load_system(system, models, recipe.dtype)
     texts = write_texts(
         system, decoder, run.sources, seed=models.seed, batch_size=recipe.batch_size,
-        advance=lambda rows: run.progress.advance(rows * work),
+        on_batch=lambda texts: run.progress.advance(len(texts) * work),
     )
     described = describe(decoder, run.sources, texts)
     changed = " anew, as settings or weights have changed" if path.exists() else ""

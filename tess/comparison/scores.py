@@ -41,7 +41,7 @@ def against(
     }
 
 
-def costs(decoder: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+def costs(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     """Evaluations, tokens, and what a check of a draft adds, as means over rows."""
     nfe = [row["nfe"] for row in rows]
     tokens = sum(row["num_new_tokens"] for row in rows)
@@ -51,7 +51,7 @@ def costs(decoder: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, float | 
         "new_tokens_mean": tokens / len(rows),
         "tokens_per_forward": tokens / sum(nfe),
         "acceptance_length": acceptance_length(
-            decoder, nfe, [row.get("num_verifications") for row in rows], tokens
+            [row["num_verifications"] for row in rows], tokens
         ),
     }
 

@@ -8,10 +8,8 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
-import logging
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,16 +18,14 @@ import torch
 
 from tess.comparison.arms import digest_folder
 from tess.comparison.recipe import ARMS, UNTRAINED, UNTRAINED_STEPS, System
-from tess.costs.decoding import flops_of_run, source_lengths
-from tess.decoders.base import Decoder, Generation
+from tess.decoders.base import Decoder, Generation, OnBatch
 from tess.decoders.diffusion import TessDecoder
 from tess.decoders.load import load_decoder
-from tess.decoders.options import SamplerOptions
 from tess.errors import UserError
+from tess.sampling.options import SamplerOptions
 from tess.storage.files import write_atomically
 from tess.storage.kept import keep, kept
 from tess.storage.parts import kind_of, load_parts
-from tess.text.tokenization import encode_sources, logger
 from tess.version import VERSION
 
 UNTRAINED_SYSTEM = System(UNTRAINED, "tess", num_inference_steps=UNTRAINED_STEPS, untrained=True)
@@ -118,45 +114,17 @@ def write_texts(
     *,
     seed: int,
     batch_size: int,
-    advance: Callable[[int], None] = lambda rows: None,
+    on_batch: OnBatch | None = None,
 ) -> list[Generation]:
-    """One text per source; advance is told how many are done since the last call."""
-    with _counted(decoder, advance), without_warnings():
-        return decoder.generate(
-            list(sources),
-            num_inference_steps=steps_of(system, decoder),
-            gen_length=system.gen_length,
-            seed=seed,
-            batch_size=batch_size,
-        )
-
-
-@contextmanager
-def _counted(decoder: Decoder, advance: Callable[[int], None]) -> Iterator[None]:
-    """`generate` writes all rows in one call, and a bar has to move before it returns."""
-    write = decoder._batch
-
-    def batch(rows: list[list[int]], *args: Any) -> list[Generation]:
-        written = write(rows, *args)
-        advance(len(rows))
-        return written
-
-    decoder._batch = batch
-    try:
-        yield
-    finally:
-        del decoder._batch
-
-
-@contextmanager
-def without_warnings() -> Iterator[None]:
-    """Cut sources are counted in the report, not warned of at every pass over them."""
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+    """One text per source; those that are cut are counted in the report, not warned of here."""
+    return decoder.generate_ids(
+        decoder.encode(sources, warn=False).rows,
+        num_inference_steps=steps_of(system, decoder),
+        gen_length=system.gen_length,
+        seed=seed,
+        batch_size=batch_size,
+        on_batch=on_batch,
+    )
 
 
 def texts_key(
@@ -189,37 +157,27 @@ def describe(
     decoder: Decoder, sources: Sequence[str], texts: Sequence[Generation]
 ) -> dict[str, Any]:
     """What the report says of a decoder, and its floating-point operations per output token."""
+    read = decoder.encode(sources, warn=False)
     try:
-        with without_warnings():
-            lengths = source_lengths(decoder, sources)
-        cost = flops_of_run(decoder, lengths, texts)
-        flops, why = cost.per_output_token, None
+        flops = decoder.cost([len(row) for row in read.rows], texts).per_output_token
+        why = None
     except UserError as error:  # a kind of decoding whose cost is not known
         flops, why = None, str(error)
-    rule = decoder.stopping
+    found = decoder.describe()
     return {
         "num_parameters": decoder.num_parameters,
-        "scheduler": decoder.scheduler_name,
-        "timestep_spacing": decoder.timestep_spacing,
-        "stop_patience": None if rule is None else rule.patience,
-        "num_candidates": decoder.num_candidates,
-        "choose_by": decoder.choose_by,
-        "num_beams": decoder.num_beams,
-        "num_draft_tokens": decoder.num_draft_tokens,
-        "length": decoder.length_source,
-        "sources_cut": _cut(decoder, sources),
+        "scheduler": found.scheduler,
+        "timestep_spacing": found.timestep_spacing,
+        "stop_patience": found.stopping and found.stopping["patience"],
+        "num_candidates": found.num_candidates,
+        "choose_by": found.choose_by,
+        "num_beams": found.num_beams,
+        "num_draft_tokens": found.num_draft_tokens,
+        "length": found.length,
+        "sources_cut": read.num_cut,
         "flops_per_output_token": flops,
         "flops_note": why,
     }
-
-
-def _cut(decoder: Decoder, sources: Sequence[str]) -> int:
-    """Sources that are longer than the model takes."""
-    longest = decoder._max_source_length()
-    if longest is None:
-        return 0
-    rows = encode_sources(decoder.tokenizer, list(sources), None, False)
-    return sum(len(row) > longest for row in rows)
 
 
 # ---- kept results ----
@@ -235,10 +193,17 @@ def kept_texts(
         return None
     try:
         lines = rows_path.read_text(encoding="utf-8").split("\n")
-        rows = [json.loads(line) for line in lines if line]
+        rows = [_checked(json.loads(line)) for line in lines if line]
     except ValueError:
         return None
     return (described, rows) if len(rows) == key["rows"] else None
+
+
+def _checked(row: dict[str, Any]) -> dict[str, Any]:
+    """Rows of versions that did not count the checks of ar+mtp: one for each evaluation more."""
+    if row["num_drafted"] and not row["num_verifications"]:
+        row["num_verifications"] = row["nfe"] - 1
+    return row
 
 
 def keep_texts(

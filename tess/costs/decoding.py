@@ -21,7 +21,6 @@ embedding; the length head; the choice among candidates; and work that does not 
 Of guidance both evaluations are counted, the one without a source as if it had it.
 """
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from tess.backbones.config import HybridConfig
@@ -36,12 +35,6 @@ from tess.costs.roofline import (
     stack_cost,
     verify_pass,
 )
-from tess.decoders.base import DECODERS, Decoder, Generation
-from tess.decoders.diffusion import TessDecoder
-from tess.decoders.verified import DraftVerifyDecoder
-from tess.errors import UserError
-from tess.schedulers.simplex import NUM_TOP
-from tess.text.tokenization import encode_sources
 
 
 @dataclass(frozen=True)
@@ -56,158 +49,17 @@ class DecodingCost:
     per_output_token: float | None
 
 
-def decoding_flops(
-    config: TessConfig | HybridConfig,
-    decoder_name: str,
-    *,
-    source_lengths: Sequence[int],
-    nfe: Sequence[int],
-    new_tokens: Sequence[int],
-    canvas_lengths: Sequence[int] | None = None,
-    num_beams: int = 1,
-    num_draft_tokens: int | None = None,
-    num_top: int | None = NUM_TOP,
-    verifier: HybridConfig | None = None,
-    num_drafted: Sequence[int] | None = None,
-    num_verifications: Sequence[int] | None = None,
-) -> DecodingCost:
-    """What a run took: see the top of the file. Lists have a number for each text.
-
-    Args:
-        config: of the model; of tess+ar that of the denoiser.
-        decoder_name: one of `tess.decoders.base.DECODERS`.
-        source_lengths: tokens, special ones included, as the model read them.
-        nfe, new_tokens, canvas_lengths, num_drafted, num_verifications: as in
-            `tess.decoders.base.Generation`; the last two for tess+ar alone, canvases for it and
-            tess.
-        num_beams: of ar.
-        num_draft_tokens: of ar+mtp.
-        num_top: order statistics of a noised token; None: the noise is dense.
-        verifier: of tess+ar, the causal model.
-
-    Raises:
-        UserError: an unknown decoder, a number that it needs and that is missing, a model of
-            another kind, or lists of other lengths.
-    """
-    if decoder_name not in DECODERS:
-        raise UserError(f"unknown decoder {decoder_name!r}; known are {', '.join(DECODERS)}")
-    lists = {"source_lengths": source_lengths, "nfe": nfe, "new_tokens": new_tokens}
-    if "tess" in decoder_name:
-        lists["canvas_lengths"] = canvas_lengths
-        denoiser, causal = config, verifier
-    else:
-        denoiser, causal = None, config
-    if decoder_name == "tess+ar":
-        lists |= {"num_drafted": num_drafted, "num_verifications": num_verifications}
-    _check(decoder_name, denoiser, causal, lists)
-    if decoder_name == "ar+mtp" and (num_draft_tokens is None or num_draft_tokens < 1):
-        raise UserError(f"ar+mtp needs num_draft_tokens of 1 or more, got {num_draft_tokens}")
-    if num_beams < 1 or (num_beams > 1 and decoder_name != "ar"):
-        raise UserError(f"num_beams must be 1, or more for ar, got {num_beams} for {decoder_name}")
-
-    def one(source: int, evaluations: int, tokens: int, *more: int) -> float:
-        if decoder_name == "tess":
-            return _tess_text(denoiser, source, more[0], evaluations, num_top)
-        if decoder_name == "ar":
-            return num_beams * _ar_text(causal, source, evaluations)
-        if decoder_name == "ar+mtp":
-            return _mtp_text(causal, source, evaluations, tokens, num_draft_tokens)
-        canvas, drafted, checks = more
-        drafts = evaluations - checks - 1
-        return _tess_text(denoiser, source, canvas, drafts, num_top) + _verified_text(
-            causal, source, tokens, drafted, checks
-        )
-
-    return _sum(one, lists, sum(new_tokens))
-
-
-def flops_of_run(
-    decoder: Decoder, source_lengths: Sequence[int], generations: Sequence[Generation]
-) -> DecodingCost:
-    """`decoding_flops` of the texts that a decoder gave for sources of these lengths.
-
-    Raises:
-        UserError: texts that were written in blocks, whose contexts nobody has noted.
-    """
-    config, verifier, writer = decoder.model.config, None, decoder
-    if isinstance(decoder, DraftVerifyDecoder):
-        writer, verifier = decoder.writer, config
-        config = writer.model.config
-    num_top = NUM_TOP
-    if isinstance(writer, TessDecoder):
-        if "block_length" in writer.options.changed():
-            raise UserError("the cost of texts written in blocks is not known; leave block_length")
-        settings = writer.pipeline.scheduler.config
-        num_top = None
-        if settings.noise != "dense":
-            num_top = min(settings.num_top, config.vocab_size - 1)
-    lists = {
-        name: [getattr(text, field) for text in generations]
-        for name, field in (
-            ("nfe", "nfe"),
-            ("new_tokens", "num_new_tokens"),
-            ("canvas_lengths", "canvas_length"),
-            ("num_drafted", "num_drafted"),
-            ("num_verifications", "num_verifications"),
-        )
-    }
-    return decoding_flops(
-        config,
-        decoder.name,
-        source_lengths=source_lengths,
-        num_beams=decoder.num_beams,
-        num_draft_tokens=decoder.num_draft_tokens,
-        num_top=num_top,
-        verifier=verifier,
-        **lists,
-    )
-
-
-def source_lengths(decoder: Decoder, texts: Sequence[str]) -> list[int]:
-    """Tokens of the sources as `Decoder.generate` reads them, too long ones cut."""
-    # not cut here: the decoder has warned of that
-    longest = decoder._max_source_length()
-    lengths = [len(row) for row in encode_sources(decoder.tokenizer, list(texts))]
-    return lengths if longest is None else [min(length, longest) for length in lengths]
-
-
-def _check(
-    name: str,
-    denoiser: TessConfig | HybridConfig | None,
-    causal: TessConfig | HybridConfig | None,
-    lists: dict[str, Sequence[int] | None],
-) -> None:
-    for part, kind in ((denoiser, TessConfig), (causal, HybridConfig)):
-        needed = "tess" in name if kind is TessConfig else "ar" in name
-        if needed and not isinstance(part, kind):
-            raise UserError(f"{name} needs a {kind.__name__}, got {type(part).__name__}")
-    if name == "ar+mtp" and not causal.num_nextn_predict_layers:
-        raise UserError("ar+mtp needs a model with a multi-token predictor, got one without")
-    rows = len(lists["source_lengths"])
-    for key, numbers in lists.items():
-        if numbers is None or None in numbers:
-            raise UserError(f"{name} needs {key}, a number for each text")
-        if len(numbers) != rows:
-            raise UserError(f"{key} must have {rows} numbers, one for each text: {len(numbers)}")
-    # an unused denoiser or canvas (no draft was asked for) may be 0
-    for key in ("source_lengths", "nfe"):
-        if rows and min(lists[key]) < 1:
-            raise UserError(f"{key} must be at least 1, got {min(lists[key])}")
-
-
-def _sum(
-    one: Callable[..., float], lists: dict[str, Sequence[int]], new_tokens: int
-) -> DecodingCost:
-    total = float(sum(one(*numbers) for numbers in zip(*lists.values(), strict=True)))
-    return DecodingCost(total, total / new_tokens if new_tokens else None)
-
-
 # one text each; means over a text's steps are exact where the cost is linear in the context
 
 
-def _tess_text(
+def tess_flops(
     config: TessConfig, source: int, canvas: int, evaluations: int, num_top: int | None
 ) -> float:
+    """Denoising: so many evaluations over a canvas.
+
+    source, canvas: tokens; the source's special ones included, as the model reads them.
+    num_top: order statistics of a noised token; None: the noise is dense.
+    """
     if not evaluations:
         return 0.0
     backbone, pattern = config.backbone_config, config.backbone_config.hybrid_override_pattern
@@ -250,12 +102,14 @@ def _reading(config: HybridConfig, source: int) -> float:
     return (stack + head_cost(config, 1)).flops
 
 
-def _ar_text(config: HybridConfig, source: int, evaluations: int) -> float:
+def ar_flops(config: HybridConfig, source: int, evaluations: int) -> float:
+    """Token by token, that of the source among the evaluations."""
     steps = evaluations - 1  # the last token is not read
     return _reading(config, source) + steps * ar_step(config, 1, source + (steps - 1) / 2).flops
 
 
-def _mtp_text(config: HybridConfig, source: int, evaluations: int, tokens: int, k: int) -> float:
+def mtp_flops(config: HybridConfig, source: int, evaluations: int, tokens: int, k: int) -> float:
+    """As `ar_flops`, with k tokens drafted by the predictor in every round."""
     rounds = evaluations - 1
     if not rounds:
         return _reading(config, source)
@@ -268,9 +122,10 @@ def _mtp_text(config: HybridConfig, source: int, evaluations: int, tokens: int, 
     return _reading(config, source) + drafting + checking
 
 
-def _verified_text(
+def verified_flops(
     config: HybridConfig, source: int, tokens: int, drafted: int, checks: int
 ) -> float:
+    """The causal model's part of a text; the drafts, checked so often, came from elsewhere."""
     if not checks:
         return _reading(config, source)
     gain = (tokens - 1) / checks

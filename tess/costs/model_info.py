@@ -14,8 +14,8 @@ from tess.backbones.feedforward import StackedExperts
 from tess.backbones.presets import PRESETS, preset_config
 from tess.backbones.released import MODEL_TYPE, read_released_config
 from tess.config import TessConfig
+from tess.costs.gpus import Workload
 from tess.costs.roofline import (
-    Workload,
     conv_bytes_per_sequence,
     kv_bytes_per_token,
     roofline,
@@ -23,6 +23,7 @@ from tess.costs.roofline import (
 )
 from tess.denoiser import TessDenoiser
 from tess.errors import UserError
+from tess.storage.hub import local_folder
 from tess.storage.parts import read_config
 
 
@@ -32,8 +33,8 @@ def describe(
     """One description for every model: of a preset, or in a folder that holds one or several.
 
     Args:
-        place: a folder, or as text the name of a preset, which goes before a folder of that name
-            (`./NAME` is the folder).
+        place: a folder or hub id (`tess.storage.hub.local_folder`), or as text the name of a
+            preset, which goes before a folder of that name (`./NAME` is the folder).
         gpu: add the least times on this GPU (`tess.costs.roofline.GPUS`).
         work: of what those are; None: the standard one.
 
@@ -126,9 +127,10 @@ def idle_parameters(model: nn.Module, config: HybridConfig) -> int:
 
 
 def _model_folders(place: Path | str) -> list[Path]:
-    folder = Path(place)
-    if not folder.is_dir():
-        raise UserError(f"{place} is not a folder{_or_preset(place)}")
+    try:
+        folder = local_folder(place)
+    except UserError as error:
+        raise UserError(f"{error}{_or_preset(place)}") from error
     places = [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]
     found = [place for place in places if (place / "config.json").is_file()]
     for place in places:
@@ -145,7 +147,7 @@ def _or_preset(place: Path | str) -> str:
     try:
         preset_config(str(place))
     except ValueError as error:
-        if isinstance(place, str):
+        if isinstance(place, str) and "/" not in place:
             return f", and {error}"
     return "; expected a checkpoint folder"
 

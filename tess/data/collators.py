@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tess.errors import UserError
-from tess.text.padding import pad_sources
+from tess.text.padding import pad_left
 from tess.text.tokenization import source_layout, target_layout
 
 Row = dict[str, Any]
@@ -279,7 +279,7 @@ class Collator:
             "loss_weights": loss_weights_BL,
         }
         if examples[0].source is not None:
-            batch |= pad_sources([example.source for example in examples], pad_id)
+            batch |= pad_left([example.source for example in examples], pad_id)
         return batch
 
 

@@ -7,13 +7,12 @@ is ever dropped in silence. The rules, for `load_rows`:
 - `target` must be such a string, or a list of them (several references, the first is canonical).
   A blank target is refused too: as a training target it teaches silence, as a reference it gives
   a score that means nothing;
-- other columns are ignored; blank lines in JSONL are skipped; a byte-order mark, CRLF line ends
-  and any Unicode text are fine; bytes that are not UTF-8 are refused.
+- other columns are ignored; blank lines are skipped; CRLF line ends and any Unicode text are fine;
+- UTF-8 is expected, or UTF-16 with a byte-order mark, which never reaches a text or a column name;
+- which quote marks of a CSV or TSV are text, `tess.data.delimited` says.
 """
 
-import csv
 import gzip
-import io
 import json
 import zlib
 from collections.abc import Iterator
@@ -21,11 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow
-import pyarrow.parquet
-
+from tess.data.delimited import read_delimited
 from tess.errors import UserError
+from tess.options import decode, read_bytes, unique_keys
+from tess.text.visible import is_blank
 
+MARK = "\ufeff"  # the byte-order mark, once it is decoded
 FORMATS = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 Record = tuple[str, dict[str, Any]]  # ("line 3", {"source": ...})
 
@@ -87,7 +87,8 @@ def check_text(value: object, what: str) -> str:
     if not isinstance(value, str):
         found = "nothing" if value is None else f"a {type(value).__name__}"
         raise UserError(f"{what} should be a text, found {found}")
-    if not value.strip():
+    value = value.lstrip(MARK)
+    if is_blank(value):
         raise UserError(f"{what} should be a text, found only blanks")
     try:
         value.encode("utf-8")
@@ -124,82 +125,62 @@ def _kind(path: Path, known: tuple[str, ...]) -> str:
 def _read_records(path: Path, columns: tuple[str, ...]) -> Iterator[Record]:
     """Every record of `path` as (place, dict); each has all of `columns`."""
     kind = _kind(path, FORMATS)
-    if kind in (".jsonl", ".ndjson"):
-        records = _read_jsonl(path)
+    if kind == ".parquet":
+        from tess.data.parquet import read_parquet  # pyarrow takes half a second to load
+
+        records = read_parquet(_read_bytes(path), path, columns)
     elif kind in (".csv", ".tsv"):
-        records = _read_csv(path, "," if kind == ".csv" else "\t")
+        rows = read_delimited(_read_text(path), "," if kind == ".csv" else "\t", path)
+        records = ((f"line {number}", record) for number, record in rows)
     else:
-        records = _read_parquet(path)
+        records = _read_jsonl(path)
     for where, record in records:
+        record = {name.lstrip(MARK): value for name, value in record.items()}
         if missing := [column for column in columns if column not in record]:
             raise UserError(
                 f"{path}, {where}: there is no column {missing[0]!r}; "
-                f"the columns there are {sorted(map(str, record))}"
+                f"the columns there are {sorted(record)}"
             )
         yield where, record
 
 
 def _read_bytes(path: Path) -> bytes:
-    data = path.read_bytes()
+    data = read_bytes(path)
     if not path.name.lower().endswith(".gz"):
+        if data.startswith(b"\x1f\x8b"):
+            raise UserError(f"{path} is a gzip file; expected a name that ends in .gz")
         return data
     try:
+        if not data:
+            raise EOFError("it is empty")
         return gzip.decompress(data)
     except (EOFError, OSError, zlib.error) as error:
         raise UserError(f"{path} is not a whole gzip file: {error}") from error
 
 
 def _read_text(path: Path) -> str:
-    data = _read_bytes(path)
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}, line {line}: expected UTF-8 text, found other bytes") from error
+    return decode(_read_bytes(path), path)
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
     """Non-blank lines with their places; only \\n and \\r\\n end a line (U+2028 is text)."""
     for number, line in enumerate(_read_text(path).split("\n"), start=1):
-        if line := line.strip():
-            yield f"line {number}", line
+        if not is_blank(line):
+            yield f"line {number}", line.strip()
 
 
 def _read_jsonl(path: Path) -> Iterator[Record]:
     for where, line in _lines(path):
         try:
-            record = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise UserError(f"{path}, {where}: not a JSON object ({error})") from error
+            record = json.loads(line, object_pairs_hook=unique_keys)
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f"{path}, {where}: not a JSON object ({error.msg}, column {error.colno})"
+            ) from error
+        except (RecursionError, ValueError) as error:
+            raise UserError(f"{path}, {where}: {error}") from error
         if not isinstance(record, dict):
             raise UserError(
                 f"{path}, {where}: expected a JSON object, found a {type(record).__name__}"
             )
         yield where, record
-
-
-def _read_csv(path: Path, delimiter: str) -> Iterator[Record]:
-    reader = csv.reader(io.StringIO(_read_text(path), newline=""), delimiter=delimiter, strict=True)
-    try:
-        header = next(reader, [])
-        for values in reader:
-            if not values:  # a blank line
-                continue
-            if len(values) != len(header):
-                raise UserError(
-                    f"{path}, line {reader.line_num}: expected {len(header)} fields as in the "
-                    f"header, found {len(values)}"
-                )
-            yield f"line {reader.line_num}", dict(zip(header, values, strict=True))
-    except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num}: broken CSV ({error})") from error
-
-
-def _read_parquet(path: Path) -> Iterator[Record]:
-    try:
-        table = pyarrow.parquet.read_table(io.BytesIO(_read_bytes(path)))
-    except (pyarrow.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path} is not a readable Parquet file: {reason}") from error
-    for number, record in enumerate(table.to_pylist(), start=1):
-        yield f"row {number}", record

@@ -91,16 +91,16 @@ def stable_seed(*parts: int | str) -> int:
 class BucketSampler(Sampler[tuple[int, int, int]]):
     """Yields (epoch, index, first) in an order that is a function of (seed, epoch) alone.
 
-    Accelerate gives each process every P-th batch of its size. Here a batch is what all processes
-    read in one step: they get rows of one length, and those that one process would get.
+    Accelerate gives each process every P-th micro-batch. Here a batch is all rows of an update, in
+    all processes: they are of one length, and those that one process in one batch would get.
 
     Args:
         lengths: tokens of each row.
-        batch_size: rows per step in all processes, the unit that should be of one length.
+        batch_size: rows of an update, the unit that should be of one length.
         seed: of the order.
         bucket: sort each 50 batches by length and shuffle the batches; False is a plain shuffle.
-        fill: complete the last batch with rows from the epoch's beginning, as processes that have
-            to work in step need it.
+        multiple_of: complete the epoch to a multiple of so many rows with those of its beginning,
+            as processes that have to work in step need it.
     """
 
     def __init__(
@@ -109,43 +109,51 @@ class BucketSampler(Sampler[tuple[int, int, int]]):
         batch_size: int,
         seed: int,
         bucket: bool = True,
-        fill: bool = False,
+        multiple_of: int = 1,
     ) -> None:
         self.lengths = lengths
         self.batch_size = batch_size
         self.seed = seed
         self.bucket = bucket
-        self.missing = -len(lengths) % batch_size if fill else 0
+        self.missing = -len(lengths) % multiple_of
         self.epoch = 0
+        self._batch_sizes: dict[int, int] = {}
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
+
+    def keep_order(self, epoch: int, batch_size: int) -> None:
+        """An epoch that began with other batches stays in their order: rows come once in it."""
+        self._batch_sizes[epoch] = batch_size
+
+    def batch_size_of(self, epoch: int) -> int:
+        """The batch size that rules the order of an epoch."""
+        return self._batch_sizes.get(epoch, self.batch_size)
 
     def __len__(self) -> int:
         return len(self.lengths) + self.missing
 
     def __iter__(self) -> Iterator[tuple[int, int, int]]:
         rng = random.Random(stable_seed("order", self.seed, self.epoch))
+        batch_size = self.batch_size_of(self.epoch)
         order = list(range(len(self.lengths)))
         rng.shuffle(order)
         if self.bucket:
-            order = self._bucketed(order, rng)
+            order = self._bucketed(order, batch_size, rng)
         order += list(islice(cycle(order), self.missing))
-        firsts = order[:: self.batch_size]
-        return iter(
-            [(self.epoch, index, firsts[i // self.batch_size]) for i, index in enumerate(order)]
-        )
+        firsts = order[::batch_size]
+        return iter([(self.epoch, index, firsts[i // batch_size]) for i, index in enumerate(order)])
 
-    def _bucketed(self, order: list[int], rng: random.Random) -> list[int]:
-        size = MEGABATCH * self.batch_size
+    def _bucketed(self, order: list[int], batch_size: int, rng: random.Random) -> list[int]:
+        size = MEGABATCH * batch_size
         batches: list[list[int]] = []
         for start in range(0, len(order), size):
             mega = sorted(order[start : start + size], key=lambda index: self.lengths[index])
-            batches += [mega[i : i + self.batch_size] for i in range(0, len(mega), self.batch_size)]
+            batches += [mega[i : i + batch_size] for i in range(0, len(mega), batch_size)]
         # Only a batch at the end may be short: elsewhere it would shift the borders of all that
         # follow.
-        short = [batch for batch in batches if len(batch) < self.batch_size]
-        whole = [batch for batch in batches if len(batch) == self.batch_size]
+        short = [batch for batch in batches if len(batch) < batch_size]
+        whole = [batch for batch in batches if len(batch) == batch_size]
         rng.shuffle(whole)
         return [index for batch in whole + short for index in batch]
 

@@ -7,5 +7,5 @@ autoregressive  ar and ar+mtp: token by token, or several checked at a time
 beam_search     ar by beam search
 verified        tess+ar: whole drafts, checked by the causal model
 drafts          the drafts of tess+ar
-options         how tess samples, as one object and as flags
+options         how tess samples, as flags
 """

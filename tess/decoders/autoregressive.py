@@ -4,15 +4,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
 from tess.backbones.causal_lm import DRAFT_TOKENS
-from tess.decoders.base import Decoder, Generation
+from tess.costs.decoding import ar_flops, mtp_flops
+from tess.decoders.base import Decoder, Description, Generation
 from tess.errors import UserError
 from tess.kernels import random
 from tess.schedulers.renoising import sample_nucleus
 from tess.storage.parts import Parts
-from tess.text.padding import pad_sources
+from tess.text.padding import pad_left
 
 
 class _KeyedNucleus(LogitsProcessor):
@@ -32,15 +33,26 @@ class _KeyedNucleus(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter_(1, token_B1, 0.0)
 
 
+def longest_source(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Tokens, by what the tokenizer says of its causal model; None: any."""
+    longest = tokenizer.model_max_length
+    return None if longest > 10**6 else longest  # transformers writes a huge number for "no limit"
+
+
 class ArDecoder(Decoder):
     """One token per network evaluation, through the cache: greedy, or sampled with `top_p`."""
 
     name = "ar"
 
-    def _max_source_length(self) -> int | None:
-        # transformers writes a huge number for "no limit".
-        longest = self.tokenizer.model_max_length
-        return None if longest > 10**6 else longest
+    @property
+    def max_source_length(self) -> int | None:
+        return longest_source(self.tokenizer)
+
+    def describe(self) -> Description:
+        return Description()
+
+    def _flops(self, source_length: int, text: Generation) -> float:
+        return ar_flops(self.model.config, source_length, text.nfe)
 
     def _batch(
         self, rows, keys, num_inference_steps, gen_length, top_p, temperature
@@ -54,7 +66,7 @@ class ArDecoder(Decoder):
                 "num_inference_steps belongs to the tess decoder; ar takes one evaluation per "
                 "token, and ar+mtp fewer"
             )
-        source = pad_sources(rows, self.tokenizer.pad_token_id)
+        source = pad_left(rows, self.tokenizer.pad_token_id)
         device = self.model.device
         width = source["source_ids"].shape[1]
         choice = LogitsProcessorList()
@@ -97,6 +109,14 @@ class ArMtpDecoder(ArDecoder):
             raise UserError(f"num_draft_tokens must be at least 1, got {num_draft_tokens}")
         self.num_draft_tokens = num_draft_tokens
 
+    def describe(self) -> Description:
+        return Description(num_draft_tokens=self.num_draft_tokens)
+
+    def _flops(self, source_length: int, text: Generation) -> float:
+        return mtp_flops(
+            self.model.config, source_length, text.nfe, text.num_new_tokens, self.num_draft_tokens
+        )
+
     def _write(self, width: int, **options: Any) -> list[Generation]:
         out = self.model.generate(
             use_mtp=True,
@@ -105,7 +125,9 @@ class ArMtpDecoder(ArDecoder):
             **options,
         )
         return [
-            self._generation(ids, nfe, num_drafted=drafted, num_accepted=accepted)
+            self._generation(
+                ids, nfe, num_drafted=drafted, num_accepted=accepted, num_verifications=nfe - 1
+            )
             for ids, nfe, drafted, accepted in zip(
                 out.sequences[:, width:].tolist(),
                 out.num_forwards.tolist(),

@@ -6,7 +6,7 @@ as `ar` too, from whole drafts by `tess`.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
+from tess.costs.decoding import DecodingCost
 from tess.errors import UserError
-from tess.sampling.loop import check_sampling
+from tess.sampling.request import Request
 from tess.sampling.sources import draw_seed, example_keys
-from tess.schedulers.stopping import StoppingRule
 from tess.storage.parts import Parts
-from tess.text.tokenization import decode, encode_sources
+from tess.text.tokenization import cut_sources, decode, encode_sources
 
 DECODERS = ("tess", "ar", "ar+mtp", "tess+ar")
 
@@ -35,10 +35,10 @@ class Generation:
     nfe: network evaluations over the target spent on this text (reading the source is not counted
         for tess; it gives the first token for ar and ar+mtp, and is their first evaluation). The
         predictor's own, smaller evaluations are not in it. Of tess+ar: those of both models.
-    num_drafted, num_accepted: of ar+mtp and tess+ar: tokens drafted, and those of them that are in
+    num_drafted, num_accepted: where there are drafts: their tokens, and those of them that are in
         the text.
     num_first_accepted: of tess+ar: those of the first draft.
-    num_verifications: of tess+ar: evaluations of the causal model, without that of the source.
+    num_verifications: checks of a draft, evaluations of the causal model without the source's.
     first: where there were several candidates, the first: what a single one would have been.
     canvas_length: of tess and of the drafts of tess+ar: positions it was denoised on.
     """
@@ -55,22 +55,52 @@ class Generation:
     canvas_length: int | None = None
 
 
-class Decoder(ABC):
-    """A checkpoint and a way to write with it: texts are checked, encoded and batched by length."""
+@dataclass(frozen=True, kw_only=True)
+class Description:
+    """How a decoder writes, as plain data under the keys of reports; None: it does not so.
 
-    name: str
-    default_num_inference_steps: int | None = None
+    scheduler: a key of `tess.schedulers.family.SAMPLERS`.
+    stopping: `patience`, and `max_entropy` in nats or None.
+    length: of the canvas unless told: "predicted", "rule" or "fixed".
+    sampler: the options that differ from their defaults.
+    num_candidates, choose_by: texts per source, and one of `tess.sampling.candidates.CHOICES`,
+        None where there is no choice.
+    num_draft_tokens: drafted at a time. num_beams, length_penalty: of a search.
+    """
+
+    scheduler: str | None = None
+    timestep_spacing: str | None = None
+    stopping: Mapping[str, float | None] | None = None
+    length: str | None = None
+    sampler: Mapping[str, Any] | None = None
+    num_candidates: int = 1
+    choose_by: str | None = None
     num_draft_tokens: int | None = None
     num_beams: int = 1
     length_penalty: float | None = None
-    # of the sampler, for reports; see `tess.evaluation.run.Decoder`
-    scheduler_name: str | None = None
-    timestep_spacing: str | None = None
-    stopping: StoppingRule | None = None
-    num_candidates: int = 1
-    choose_by: str | None = None
-    length_source: str | None = None
-    sampler: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Laid-out token ids of texts, none too long, and how many lost their end for it."""
+
+    rows: list[list[int]]
+    num_cut: int
+
+
+OnBatch = Callable[[Mapping[int, Generation]], Any]
+"""Told the texts of each batch as it is done, by the number of their source."""
+
+
+class Decoder(ABC):
+    """A checkpoint and a way to write with it: texts are checked, encoded and batched by length.
+
+    default_num_inference_steps, max_target_length (of a canvas, in tokens): None: it has no such
+    thing.
+    """
+
+    name: str
+    default_num_inference_steps: int | None = None
     max_target_length: int | None = None
 
     def __init__(self, parts: Parts) -> None:
@@ -91,6 +121,8 @@ class Decoder(ABC):
         temperature: float = 1.0,
         progress: bool = False,
         strict: bool = False,
+        on_batch: OnBatch | None = None,
+        finished: Mapping[int, Generation] | None = None,
     ) -> list[Generation]:
         """Write one text for every source.
 
@@ -105,13 +137,15 @@ class Decoder(ABC):
             top_p: None takes the likeliest token; else the mass of the nucleus to sample from.
             temperature: divides the logits; only with top_p.
             progress: show a bar.
+            on_batch: called after each batch.
+            finished: texts of an earlier, equal call by the number of their source; a batch of
+                which all are there is not written again.
 
         Raises:
             UserError: an empty text, or an argument out of range.
         """
-        rows = encode_sources(self.tokenizer, texts, self._max_source_length(), strict)
         return self.generate_ids(
-            rows,
+            self.encode(texts, strict).rows,
             num_inference_steps=num_inference_steps,
             gen_length=gen_length,
             seed=seed,
@@ -119,7 +153,20 @@ class Decoder(ABC):
             top_p=top_p,
             temperature=temperature,
             progress=progress,
+            on_batch=on_batch,
+            finished=finished,
         )
+
+    def encode(self, texts: Sequence[str], strict: bool = False, warn: bool = True) -> Sources:
+        """The texts as ids for `generate_ids`, the ends of too long ones cut off.
+
+        Raises:
+            UserError: an empty text, and with `strict` one that is too long.
+        """
+        longest = self.max_source_length
+        rows = encode_sources(self.tokenizer, texts)
+        num_cut = 0 if longest is None else sum(len(row) > longest for row in rows)
+        return Sources(cut_sources(rows, longest, strict, warn), num_cut)
 
     @torch.no_grad()
     def generate_ids(
@@ -133,6 +180,8 @@ class Decoder(ABC):
         top_p: float | None = None,
         temperature: float = 1.0,
         progress: bool = False,
+        on_batch: OnBatch | None = None,
+        finished: Mapping[int, Generation] | None = None,
     ) -> list[Generation]:
         """As `generate`, for sources as laid-out token ids."""
         check_request(gen_length, len(rows), batch_size, top_p, temperature)
@@ -140,7 +189,7 @@ class Decoder(ABC):
         # One key per source over all rows, so that its noise does not depend on the batches.
         keys = example_keys(rows, draw_seed(torch.Generator().manual_seed(seed)))
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        results: dict[int, Generation] = {}
+        results = dict(finished or {})
         bar = (
             transformers_logging.tqdm(total=len(rows), desc=self.name, leave=False)
             if progress
@@ -149,6 +198,8 @@ class Decoder(ABC):
         with bar:
             for start in range(0, len(order), batch_size):
                 chosen = order[start : start + batch_size]
+                if all(i in results for i in chosen):
+                    continue
                 batch = [list(rows[i]) for i in chosen]
                 lengths = gen_length
                 if gen_length is not None and not isinstance(gen_length, int):
@@ -156,7 +207,10 @@ class Decoder(ABC):
                 written = self._batch(
                     batch, keys[chosen], num_inference_steps, lengths, top_p, temperature
                 )
-                results |= dict(zip(chosen, written, strict=True))
+                done = dict(zip(chosen, written, strict=True))
+                results |= done
+                if on_batch is not None:
+                    on_batch(done)
                 if progress:
                     bar.update(len(chosen))
         return [results[i] for i in range(len(rows))]
@@ -169,9 +223,29 @@ class Decoder(ABC):
         text = decode(self.tokenizer, kept)
         return Generation(text, kept, len(kept), evaluations, **drafts)
 
+    def cost(self, source_lengths: Sequence[int], texts: Sequence[Generation]) -> DecodingCost:
+        """Floating-point operations of texts that this decoder gave for sources of these lengths.
+
+        Raises:
+            UserError: a way of writing whose cost is not known.
+        """
+        pairs = zip(source_lengths, texts, strict=True)
+        total = float(sum(self._flops(length, text) for length, text in pairs))
+        new_tokens = sum(text.num_new_tokens for text in texts)
+        return DecodingCost(total, total / new_tokens if new_tokens else None)
+
+    @property
     @abstractmethod
-    def _max_source_length(self) -> int | None:
+    def max_source_length(self) -> int | None:
         """Tokens of the longest source the checkpoint takes; None: any."""
+
+    @abstractmethod
+    def describe(self) -> Description:
+        """How it writes."""
+
+    @abstractmethod
+    def _flops(self, source_length: int, text: Generation) -> float:
+        """Operations of one text."""
 
     @abstractmethod
     def _batch(
@@ -200,4 +274,4 @@ def check_request(
         raise UserError(f"gen_length must be one number or {rows}, got {len(lengths)}")
     if batch_size < 1:
         raise UserError(f"batch_size must be at least 1, got {batch_size}")
-    check_sampling(top_p, temperature)
+    Request(top_p=top_p, temperature=temperature)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tess.backbones.causal_lm import HybridForCausalLM
 from tess.decoders.autoregressive import ArDecoder
-from tess.decoders.base import Generation
+from tess.decoders.base import Description, Generation
 from tess.errors import UserError
 from tess.storage.parts import Parts
 
@@ -46,6 +46,12 @@ class BeamDecoder(ArDecoder):
         if not math.isfinite(length_penalty):
             raise UserError(f"length_penalty must be a finite number, got {length_penalty}")
         self.num_beams, self.length_penalty = num_beams, length_penalty
+
+    def describe(self) -> Description:
+        return Description(num_beams=self.num_beams, length_penalty=self.length_penalty)
+
+    def _flops(self, source_length: int, text: Generation) -> float:
+        return self.num_beams * super()._flops(source_length, text)
 
     def _batch(
         self, rows, keys, num_inference_steps, gen_length, top_p, temperature

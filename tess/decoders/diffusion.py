@@ -1,19 +1,21 @@
 """The `tess` decoder: all target positions at once."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tess.decoders.base import Decoder, Generation, check_request
-from tess.decoders.options import SamplerOptions
+from tess.costs.decoding import tess_flops
+from tess.decoders.base import Decoder, Description, Generation, check_request
+from tess.errors import UserError
 from tess.pipeline import TessPipeline, TessPipelineOutput
 from tess.sampling.loop import TraceHook
+from tess.sampling.options import SamplerOptions
 from tess.sampling.sources import draw_seed, example_keys
 from tess.schedulers.family import name_of
 from tess.storage.parts import Parts
-from tess.text.tokenization import encode_sources
 
 
 class TessDecoder(Decoder):
@@ -34,16 +36,37 @@ class TessDecoder(Decoder):
         )
         self.pipeline.set_progress_bar_config(disable=True)
         self.default_num_inference_steps = self.pipeline.default_num_inference_steps
-        scheduler, config = self.pipeline.scheduler, self.model.config
-        self.scheduler_name = name_of(scheduler)
-        self.timestep_spacing = scheduler.config.timestep_spacing
-        self.stopping = self.options.stopping
-        self.num_candidates = self.options.num_candidates
-        self.choose_by = self.options.choose_by if self.num_candidates > 1 else None
+        self.max_target_length = self.model.config.max_target_length
+
+    def describe(self) -> Description:
+        scheduler, config, rule = self.pipeline.scheduler, self.model.config, self.options.stopping
+        stopping, several = None, self.options.num_candidates > 1
+        if rule is not None:
+            bound = rule.max_entropy if math.isfinite(rule.max_entropy) else None
+            stopping = {"patience": rule.patience, "max_entropy": bound}
         by_rule = "fixed" if config.target_length_ratio is None else "rule"
-        self.length_source = "predicted" if config.length_head else by_rule
-        self.max_target_length = config.max_target_length
-        self.sampler = self.options.changed()
+        return Description(
+            scheduler=name_of(scheduler),
+            timestep_spacing=scheduler.config.timestep_spacing,
+            stopping=stopping,
+            length="predicted" if config.length_head else by_rule,
+            sampler=self.options.changed(),
+            num_candidates=self.options.num_candidates,
+            choose_by=self.options.choose_by if several else None,
+        )
+
+    def flops(self, source_length: int, canvas: int, evaluations: int) -> float:
+        """Operations of so many evaluations over one canvas, the reading of the source included.
+
+        Raises:
+            UserError: texts that are written in blocks, whose contexts nobody has noted.
+        """
+        if "block_length" in self.options.changed():
+            raise UserError("the cost of texts written in blocks is not known; leave block_length")
+        settings, num_top = self.pipeline.scheduler.config, None
+        if settings.noise != "dense":
+            num_top = min(settings.num_top, self.model.config.vocab_size - 1)
+        return tess_flops(self.model.config, source_length, canvas, evaluations, num_top)
 
     def trace(
         self,
@@ -63,7 +86,7 @@ class TessDecoder(Decoder):
         The trace has a row for every candidate, N in a row for each source. fixed_tokens, on_trace:
         see `TessPipeline`.
         """
-        rows = encode_sources(self.tokenizer, texts, self._max_source_length(), strict)
+        rows = self.encode(texts, strict).rows
         check_request(gen_length, len(rows), 1, top_p, temperature)
         self.model.eval()
         keys = example_keys(rows, draw_seed(torch.Generator().manual_seed(seed)))
@@ -73,8 +96,12 @@ class TessDecoder(Decoder):
         )
         return self._generations(out), out
 
-    def _max_source_length(self) -> int:
+    @property
+    def max_source_length(self) -> int:
         return self.model.config.max_source_length
+
+    def _flops(self, source_length: int, text: Generation) -> float:
+        return self.flops(source_length, text.canvas_length, text.nfe)
 
     def _batch(
         self, rows, keys, num_inference_steps, gen_length, top_p, temperature
@@ -93,7 +120,7 @@ class TessDecoder(Decoder):
             temperature=temperature,
             keys=keys,
             output_type="seq",
-            **self.options.call_arguments(self.tokenizer),
+            options=self.options,
             **more,
         )
 

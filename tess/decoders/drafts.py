@@ -92,7 +92,7 @@ class DiffusionDrafts:
             keys=self.keys[rows],
             num_inference_steps=self.num_inference_steps,
             output_type="seq",
-            **writer.options.call_arguments(writer.tokenizer),
+            options=writer.options,
             **canvas,
         )
         for row, evaluations, length in zip(rows, out.nfe, out.lengths, strict=True):

@@ -10,9 +10,10 @@ from tess.decoders.autoregressive import ArDecoder, ArMtpDecoder
 from tess.decoders.base import DECODERS, Decoder
 from tess.decoders.beam_search import BeamDecoder, wants_beams
 from tess.decoders.diffusion import TessDecoder
-from tess.decoders.options import SamplerOptions
 from tess.decoders.verified import DraftVerifyDecoder
 from tess.errors import UserError
+from tess.sampling.options import SamplerOptions
+from tess.storage.hub import local_folder
 from tess.storage.parts import Parts, kind_of, load_parts
 
 
@@ -41,8 +42,9 @@ def load_decoder(
     """Load the decoder called `decoder` from a checkpoint.
 
     Args:
-        checkpoint: a pipeline folder (tess), a causal model's folder (ar), a folder that holds such
-            ones as `tess/` and `ar/`, or a training's output folder with `final/`.
+        checkpoint: a folder or hub id (`tess.storage.hub.local_folder`): a pipeline (tess), a
+            causal model (ar), one that holds such ones as `tess/` and `ar/`, or a training's output
+            with `final/`.
         decoder: "tess", "ar", "ar+mtp" or "tess+ar"; None takes tess where there is one, else ar.
         dtype: of the weights in memory; with float32 a text does not depend on its batch.
         num_draft_tokens: of ar+mtp, drafted at a time (3 unless given); changes speed alone.
@@ -57,9 +59,7 @@ def load_decoder(
         raise UserError(f"unknown decoder {decoder!r}; known are {', '.join(DECODERS)}")
     if num_draft_tokens is not None and decoder != ArMtpDecoder.name:
         raise UserError("num_draft_tokens belongs to the ar+mtp decoder")
-    folder = Path(checkpoint)
-    if not folder.is_dir():
-        raise UserError(f"there is no folder {str(checkpoint)!r}")
+    folder = local_folder(checkpoint)
     found = _find(folder)
     if not found:
         raise UserError(

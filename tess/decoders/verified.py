@@ -22,13 +22,14 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from tess.backbones.cache import HybridCache
 from tess.backbones.causal_lm import HybridForCausalLM
 from tess.backbones.speculative import ROUNDS_BETWEEN_COMPACTIONS
-from tess.decoders.autoregressive import ArDecoder
-from tess.decoders.base import Decoder, Generation
+from tess.costs.decoding import verified_flops
+from tess.decoders.autoregressive import ArDecoder, longest_source
+from tess.decoders.base import Decoder, Description, Generation
 from tess.decoders.diffusion import TessDecoder
 from tess.decoders.drafts import REDRAFTS, DiffusionDrafts
-from tess.decoders.options import SamplerOptions
 from tess.errors import UserError
 from tess.kernels.speculative import match_drafts
+from tess.sampling.options import SamplerOptions
 from tess.storage.parts import Parts
 
 DRAFT_STEPS = 1
@@ -301,15 +302,30 @@ class DraftVerifyDecoder(Decoder):
                 "are those of ar; leave it out"
             )
         self.writer = TessDecoder(tess_parts, options)
-        for name in ("scheduler_name", "timestep_spacing", "stopping", "sampler"):
-            setattr(self, name, getattr(self.writer, name))
         self.redraft = redraft
         most = tess_parts.scheduler.config.num_train_timesteps
         self.default_num_inference_steps = min(num_inference_steps, most)
         self.num_parameters += self.writer.num_parameters
 
-    def _max_source_length(self) -> int | None:
-        return ArDecoder._max_source_length(self)
+    @property
+    def max_source_length(self) -> int | None:
+        return longest_source(self.tokenizer)
+
+    def describe(self) -> Description:
+        drafts = self.writer.describe()
+        names = ("scheduler", "timestep_spacing", "stopping", "sampler")
+        return Description(**{name: getattr(drafts, name) for name in names})
+
+    def _flops(self, source_length: int, text: Generation) -> float:
+        drafts = text.nfe - text.num_verifications - 1
+        drafting = self.writer.flops(source_length, text.canvas_length, drafts)
+        return drafting + verified_flops(
+            self.model.config,
+            source_length,
+            text.num_new_tokens,
+            text.num_drafted,
+            text.num_verifications,
+        )
 
     def _batch(
         self, rows, keys, num_inference_steps, gen_length, top_p, temperature

@@ -4,12 +4,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tess.metrics.bertscore import BertScore
+from tess.metrics.catalog import get_protocol
 from tess.metrics.measures import Measure
 from tess.metrics.protocols import (
     ProtocolScores,
     apply_protocol,
     baselines,
-    get_protocol,
     lead_sentences,
     mean_words,
 )

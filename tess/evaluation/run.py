@@ -4,7 +4,6 @@ The keys of `report.json` are stable and documented in `docs/evaluation.md`.
 """
 
 import json
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,9 +18,8 @@ from tess.errors import UserError
 from tess.evaluation.page import markdown
 from tess.evaluation.protocol import protocol_section
 from tess.metrics.bertscore import BertScore
-from tess.metrics.protocols import get_protocol
+from tess.metrics.catalog import get_protocol
 from tess.metrics.scores import score
-from tess.schedulers.stopping import StoppingRule
 from tess.storage.files import write_atomically
 from tess.text.tokenization import encode_texts, target_layout
 
@@ -34,7 +32,7 @@ class Generation(Protocol):
     text: str
     num_new_tokens: int  # new tokens that are not padding
     nfe: int  # network evaluations spent on this text, all candidates together
-    num_verifications: int  # of tess+ar: evaluations of the causal model after the source's
+    num_verifications: int  # checks of a draft
     first: "Generation | None"  # the first candidate, where there were several
 
 
@@ -44,20 +42,10 @@ class Decoder(Protocol):
     name: str
     num_parameters: int
     default_num_inference_steps: int | None  # None: it has no such thing
-    num_draft_tokens: int | None  # None: it does not draft
-    num_beams: int  # 1: it does not search
-    length_penalty: float | None  # of the search
+    max_target_length: int | None  # the longest canvas that the model was trained on, in tokens
     tokenizer: PreTrainedTokenizerBase
 
-    # How it samples; None: it does not sample so.
-    scheduler_name: str | None  # a key of `tess.schedulers.family.SAMPLERS`
-    timestep_spacing: str | None
-    stopping: StoppingRule | None
-    num_candidates: int  # texts per source, of which one is chosen; 1: there is no choice
-    choose_by: str | None  # one of `tess.sampling.candidates.CHOICES`; None with one candidate
-    length_source: str | None  # of the canvas unless told: "predicted", "rule" or "fixed"
-    sampler: Mapping[str, Any] | None  # the options that differ from their defaults
-    max_target_length: int | None  # the longest canvas that the model was trained on, in tokens
+    def describe(self) -> Any: ...  # `tess.decoders.base.Description`
 
     def generate(
         self,
@@ -146,18 +134,19 @@ def evaluate(
     seconds = time.perf_counter() - start
     assert len(generations) == len(examples), "a decoder gives one text per source"
 
+    described = decoder.describe()
     texts = [generation.text for generation in generations]
-    firsts = _first_candidates(decoder, generations)
+    several = described.num_candidates > 1
+    firsts = _first_candidates(generations) if several else generations
     nfe = [int(generation.nfe) for generation in generations]
     nfe_first = [int(generation.nfe) for generation in firsts]
-    length = decoder.length_source if gen_length is None else "fixed"
+    length = described.length if gen_length is None else "fixed"
     metrics = {"system": score(texts, references, sources)}
-    if decoder.num_candidates > 1:
+    if several:
         metrics["first_candidate"] = score([one.text for one in firsts], references, sources)
     metrics["copy_source"] = score(sources, references, sources)
     section = None
     if protocol is not None:
-        several = decoder.num_candidates > 1
         systems = {"system": texts}
         if several:
             systems["first_candidate"] = [one.text for one in firsts]
@@ -167,7 +156,7 @@ def evaluate(
             references,
             sources,
             task=data.get("task"),
-            samples=f"{decoder.num_candidates}-{decoder.choose_by}" if several else "1",
+            samples=f"{described.num_candidates}-{described.choose_by}" if several else "1",
             bertscore=bertscore,
         )
     new_tokens = sum(int(generation.num_new_tokens) for generation in generations)
@@ -180,14 +169,14 @@ def evaluate(
         "seed": seed,
         "batch_size": batch_size,
         "num_inference_steps": num_inference_steps,
-        "scheduler": decoder.scheduler_name,
-        "timestep_spacing": decoder.timestep_spacing,
-        "stopping": _stopping(decoder.stopping),
+        "scheduler": described.scheduler,
+        "timestep_spacing": described.timestep_spacing,
+        "stopping": described.stopping,
         "length": "gold" if gold_length else length,
         "gen_length": gen_length,
-        "sampler": None if decoder.sampler is None else dict(decoder.sampler),
-        "num_candidates": decoder.num_candidates,
-        "choose_by": decoder.choose_by,
+        "sampler": described.sampler,
+        "num_candidates": described.num_candidates,
+        "choose_by": described.choose_by,
         "nfe_mean": sum(nfe) / len(nfe),
         "nfe_max": max(nfe),
         "nfe_first_mean": sum(nfe_first) / len(nfe),
@@ -196,11 +185,11 @@ def evaluate(
         "new_tokens_per_second": new_tokens / seconds if seconds > 0 else 0.0,
         "milliseconds_per_token": 1e3 * seconds / new_tokens if new_tokens else None,
         "tokens_per_forward": new_tokens / sum(nfe),
-        "num_draft_tokens": decoder.num_draft_tokens,
-        "num_beams": decoder.num_beams,
-        "length_penalty": decoder.length_penalty,
+        "num_draft_tokens": described.num_draft_tokens,
+        "num_beams": described.num_beams,
+        "length_penalty": described.length_penalty,
         "acceptance_length": acceptance_length(
-            decoder.name, nfe, [one.num_verifications for one in generations], new_tokens
+            [one.num_verifications for one in generations], new_tokens
         ),
         "metrics": metrics,
         "protocol": section,
@@ -217,7 +206,7 @@ def evaluate(
         }
         for example, generation in zip(examples, generations, strict=True)
     ]
-    if decoder.num_candidates > 1:
+    if several:
         for row, first in zip(predictions, firsts, strict=True):
             row["first_prediction"] = first.text
     return Evaluation(report, predictions)
@@ -230,37 +219,22 @@ def _gold_lengths(decoder: Decoder, references: Sequence[Sequence[str]]) -> list
     return [len(target_layout(decoder.tokenizer, row, longest)) for row in ids]
 
 
-def _first_candidates(decoder: Decoder, generations: Sequence[Generation]) -> Sequence[Generation]:
+def _first_candidates(generations: Sequence[Generation]) -> Sequence[Generation]:
     """What one candidate alone would have been, for every source."""
-    if decoder.num_candidates == 1:
-        return generations
     firsts = [generation.first for generation in generations]
     assert all(first is not None for first in firsts), "several candidates have a first"
     return firsts
 
 
-def _stopping(rule: StoppingRule | None) -> dict[str, float | None] | None:
-    if rule is None:
-        return None
-    bound = rule.max_entropy
-    return {"patience": rule.patience, "max_entropy": bound if math.isfinite(bound) else None}
-
-
-def acceptance_length(
-    decoder: str, nfe: Sequence[int], num_verifications: Sequence[int | None], new_tokens: int
-) -> float | None:
+def acceptance_length(num_verifications: Sequence[int], new_tokens: int) -> float | None:
     """Tokens that one check of a draft adds, on average: the drafts that stay, and its own one.
 
-    nfe, num_verifications: of each text; the latter is read of tess+ar. None for a decoder that
-    does not draft, and where no text needed a check.
+    num_verifications: of each text. None for a decoder that does not draft, and where no text
+    needed a check.
     """
-    checks = 0
-    if decoder == "ar+mtp":
-        checks = sum(count - 1 for count in nfe)
-    elif decoder == "tess+ar":
-        checks = sum(num_verifications)
+    checks = sum(num_verifications)
     # reading the source gave each text its first token
-    return (new_tokens - len(nfe)) / checks if checks else None
+    return (new_tokens - len(num_verifications)) / checks if checks else None
 
 
 def write_report(evaluation: Evaluation, folder: Path) -> list[Path]:

@@ -2,6 +2,7 @@
 
 scores        the metrics of every report
 protocols     what papers report, under their names, with signatures and baselines
+catalog       their names, and which measures each has
 measures      each measure as a function of sums over rows
 significance  bootstrap intervals and paired randomisation tests
 sari          SARI, corpus and rows, in both known readings

@@ -11,22 +11,16 @@ from collections.abc import Sequence
 import numpy as np
 
 from tess.errors import UserError
+from tess.metrics.catalog import MEASURES_OF_CHOICE
 from tess.metrics.measures import Measure, mean_measure, measures, ngrams
 from tess.metrics.ngrams import bleu_rows, sentence_bleu
 from tess.metrics.tokens import tokenize_bert
-
-_OF_CHOICE = ("sentence_bleu_swapped", "sentence_bleu", "rougeL_unstemmed", "distinct1_bert")
-CANDIDATE_MEASURES = (
-    *(f"mbr_{name}" for name in _OF_CHOICE),
-    "candidates_self_bleu",
-    "candidates_div4",
-)
 
 
 def candidate_measures(
     candidates: Sequence[Sequence[str]], references: Sequence[Sequence[str]]
 ) -> dict[str, Measure]:
-    """The measures of `CANDIDATE_MEASURES`.
+    """The measures of `tess.metrics.catalog.CANDIDATE_MEASURES`.
 
     Args:
         candidates: N rows of n texts each, n the same for all and at least 2.
@@ -47,7 +41,7 @@ def candidate_measures(
         )
     utilities = [pairwise_bleu(row) for row in candidates]
     chosen = [row[mbr_choice(u)] for row, u in zip(candidates, utilities, strict=True)]
-    of_choice = measures(_OF_CHOICE, chosen, references, [""] * len(chosen))
+    of_choice = measures(MEASURES_OF_CHOICE, chosen, references, [""] * len(chosen))
     result = {
         f"mbr_{name}": Measure(f"mbr_{name}", m.rows, m.combine, m.higher_is_better)
         for name, m in of_choice.items()

@@ -10,67 +10,48 @@ in both directions, every part of the context depends on all of it and is read a
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from numbers import Integral
 
 import torch
 from torch import Tensor
 
 from tess.errors import UserError
 from tess.sampling.loop import Denoised
-from tess.sampling.sources import Context, derived_keys, pad_left
+from tess.sampling.sources import Context, derived_keys
+from tess.sampling.writer import Writer, check_canvas
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """How a text is cut: blocks of `length` tokens, `total` tokens at most."""
+    """How a text is cut: blocks of `length` tokens, `total` tokens at most.
 
-    pipeline: Any
+    Raises:
+        UserError: what blocks do not go with, and lengths that cannot be meant.
+    """
+
+    writer: Writer
     length: int
     total: int
 
-    @staticmethod
-    def of(
-        pipeline: Any,
-        block_length: int,
-        gen_length: int | Sequence[int] | None,
-        fixed_tokens: Tensor | None,
-        return_trace: bool,
-    ) -> "Blocks":
-        """Checked settings.
-
-        Raises:
-            UserError: what blocks do not go with, and lengths that cannot be meant.
-        """
-        if fixed_tokens is not None or return_trace:
-            name = "return_trace" if fixed_tokens is None else "fixed_tokens"
-            raise UserError(f"{name} belongs to one canvas; leave out block_length")
-        if not isinstance(gen_length, int) or gen_length < 1:
+    def __post_init__(self) -> None:
+        if not isinstance(self.total, Integral):
             raise UserError(
                 "block_length needs gen_length, the most tokens of the whole text as one number "
-                f"above 0, got {gen_length!r}"
+                f"above 0, got {self.total!r}"
             )
-        if block_length < 1:
-            raise UserError(f"block_length must be at least 1, got {block_length}")
-        pipeline._given_lengths(block_length, 1)
-        return Blocks(pipeline, block_length, gen_length)
+        if self.writer.keep_trace:
+            raise UserError("return_trace belongs to one canvas; leave out block_length")
+        check_canvas(self.writer.denoiser.config, [self.length])
 
     def write(
-        self,
-        context: Context,
-        rows: Sequence[Sequence[int]],
-        keys: Tensor,
-        num_candidates: int,
-        use_cache: bool,
-        options: dict[str, Any],
-    ) -> tuple[Denoised, list[int]]:
-        """All rows to their ends, and the canvas of each, which is the whole text's.
+        self, context: Context, rows: Sequence[Sequence[int]], keys: Tensor, use_cache: bool
+    ) -> Denoised:
+        """All rows to their ends.
 
-        context: the B / num_candidates encoded sources. rows: their ids. keys: [B].
+        context: the B encoded sources. rows: their ids. keys: [B] int64.
         """
-        every = torch.arange(len(rows)).repeat_interleave(num_candidates)
-        sources = [list(rows[i]) for i in every.tolist()]
+        writer, sources = self.writer, [list(row) for row in rows]
         self._check_positions(sources)
-        context = context.select(every.to(context.source_ids.device))
         count = -(-self.total // self.length)
         keys_by_block = derived_keys(keys, count, "block").view(len(sources), count)
         texts: list[list[int]] = [[] for _ in sources]
@@ -80,29 +61,26 @@ class Blocks:
         for block in range(count):
             width = min(self.length, self.total - block * self.length)
             given = context if use_cache else context.without_cache()
-            part = self.pipeline._denoise(
-                given, [width] * len(open_rows), keys_by_block[open_rows, block], **options
-            )
+            part = writer.write(given, [width] * len(open_rows), keys_by_block[open_rows, block])
             going_on, added = [], []
             for place, row in enumerate(open_rows):
                 tokens = part.token_ids[place].tolist()
-                ended = self.pipeline.tokenizer.eos_token_id in tokens
                 texts[row] += tokens
                 log_probs[row] += part.log_probs[place].tolist()
                 nfe[row] += part.nfe[place]
-                if not ended:
+                if writer.eos_token_id not in tokens:
                     going_on.append(place)
                     added.append(self._without_padding(tokens))
-            if not going_on or block + 1 == count:
+            if not going_on or block + 1 == count or writer.interrupted():
                 break
             open_rows = [open_rows[place] for place in going_on]
             context = self._extended(
-                context.select(torch.tensor(going_on, device=context.source_ids.device)),
+                context.select(torch.tensor(going_on, device=writer.device)),
                 added,
                 [sources[row] + self._without_padding(texts[row]) for row in open_rows],
                 use_cache,
             )
-        return self._joined(texts, log_probs, nfe), [self.total] * len(sources)
+        return self._joined(texts, log_probs, nfe)
 
     def _extended(
         self,
@@ -112,28 +90,25 @@ class Blocks:
         use_cache: bool,
     ) -> Context:
         """The context with each row's finished block behind it."""
+        writer = self.writer
         if not use_cache:
-            pad, device = self.pipeline.tokenizer.pad_token_id, context.source_ids.device
-            return pad_left(whole, pad, device)
-        config = self.pipeline.denoiser.config
+            return writer.pad(whole)
+        config = writer.denoiser.config
         if config.source_encoding != "causal" or config.label_shift or not all(added):
-            return self.pipeline._read(whole)[0]
-        new = pad_left(added, self.pipeline.tokenizer.pad_token_id, context.source_ids.device)
+            return writer.read(whole)[0]
+        new = writer.pad(added)
         source_ids = torch.cat([context.source_ids, new.source_ids], dim=1)
         source_mask = torch.cat([context.source_mask, new.source_mask], dim=1)
         cache = context.cache.snapshot()
-        self.pipeline.denoiser.extend_source(
-            cache, source_ids, source_mask, new.source_ids.shape[1]
-        )
+        writer.denoiser.extend_source(cache, source_ids, source_mask, new.source_ids.shape[1])
         return Context(source_ids, source_mask, cache)
 
     def _without_padding(self, tokens: list[int]) -> list[int]:
         """A row may hold padding amid its text; it is no context."""
-        pad = self.pipeline.tokenizer.pad_token_id
-        return [token for token in tokens if token != pad]
+        return [token for token in tokens if token != self.writer.pad_token_id]
 
     def _check_positions(self, sources: list[list[int]]) -> None:
-        positions = self.pipeline.denoiser.config.num_source_positions
+        positions = self.writer.denoiser.config.num_source_positions
         before_last = (-(-self.total // self.length) - 1) * self.length
         longest = max(map(len, sources)) + before_last
         if 0 < positions < longest:
@@ -145,8 +120,7 @@ class Blocks:
     def _joined(
         self, texts: list[list[int]], log_probs: list[list[float]], nfe: list[int]
     ) -> Denoised:
-        pad = self.pipeline.tokenizer.pad_token_id
-        token_ids = torch.full((len(texts), self.total), pad)
+        token_ids = torch.full((len(texts), self.total), self.writer.pad_token_id)
         all_log_probs = torch.zeros(len(texts), self.total)
         for row, (tokens, values) in enumerate(zip(texts, log_probs, strict=True)):
             token_ids[row, : len(tokens)] = torch.tensor(tokens)

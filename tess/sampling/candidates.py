@@ -20,12 +20,9 @@ from tess.backbones.cache import HybridCache
 from tess.backbones.causal_lm import HybridForCausalLM
 from tess.errors import UserError
 from tess.kernels.cross_entropy import linear_cross_entropy
-from tess.sampling.sources import pad_left
-from tess.text.padding import right_mask
+from tess.sampling.options import CHOICES
+from tess.text.padding import pad_left, right_mask
 from tess.text.tokenization import decode
-
-CHOICES = ("confidence", "mbr_bleu", "mbr_chrf", "ar")
-"""Ways to choose; see `choose`."""
 
 UTILITIES = {"bleu": BLEU(effective_order=True), "chrf": CHRF()}
 """Of minimum Bayes risk: sacrebleu's for sentences (13a, exponential smoothing; chrF2)."""
@@ -177,7 +174,7 @@ def _batch_totals(
     source = pad_left(list(distinct), pad_token_id=0, device=device)
     cache = HybridCache()
     read_DSH = model.backbone(
-        source.source_ids, attention_mask=source.source_mask, past_key_values=cache
+        source["source_ids"], attention_mask=source["source_mask"], past_key_values=cache
     ).last_hidden_state
     # A source's last state predicts the first token, and every token's state the next one.
     states_CLH = read_DSH[rows_C, -1:]
@@ -245,14 +242,6 @@ class Candidates:
         """[B] indices into the B N rows."""
         count = self.sequences.shape[1]
         return torch.tensor([row * count + place for row, place in enumerate(self.chosen)])
-
-
-def check_choice(choose_by: str, count: int, scorer: HybridForCausalLM | None) -> None:
-    """Raises UserError for an unknown way to choose, and for a causal model that is missing."""
-    if choose_by not in CHOICES:
-        raise UserError(f"choose_by must be one of {', '.join(CHOICES)}, got {choose_by!r}")
-    if choose_by == "ar" and count > 1 and scorer is None:
-        raise UserError("choose_by='ar' needs scorer, a causal model of the same tokenizer")
 
 
 def choose_candidates(

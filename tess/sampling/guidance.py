@@ -12,8 +12,6 @@ from torch.nn import functional as F
 from tess.errors import UserError
 from tess.kernels.head import Processors
 
-FORMS = ("logits", "probabilities")
-
 Reward = Callable[[Tensor, Tensor], Tensor]
 """(probabilities [B, L, V] float32, target_mask [B, L]) -> scores [B], differentiable."""
 
@@ -29,9 +27,6 @@ class Guidance:
     reward, reward_scale, reward_steps: the logits climb the reward of their softmax by that many
         gradient steps of that size (TESS-2, arXiv 2502.13917, section 3.4). This needs the logits
         of all positions at once, [B, L, V].
-
-    Raises:
-        UserError: for settings out of range.
     """
 
     scale: float = 1.0
@@ -39,16 +34,6 @@ class Guidance:
     reward: Reward | None = None
     reward_scale: float = 1.0
     reward_steps: int = 1
-
-    def __post_init__(self) -> None:
-        if not self.scale >= 1:
-            raise UserError(f"guidance_scale must be at least 1 (1 is off), got {self.scale}")
-        if self.form not in FORMS:
-            raise UserError(f"guidance_form must be one of {', '.join(FORMS)}, got {self.form!r}")
-        if not self.reward_scale > 0:
-            raise UserError(f"reward_scale must be above 0, got {self.reward_scale}")
-        if self.reward_steps < 1:
-            raise UserError(f"reward_steps must be at least 1, got {self.reward_steps}")
 
     @property
     def contrasts(self) -> bool:

@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from tess.denoiser import TessDenoiser
-from tess.errors import UserError
 from tess.sampling.control import FREE, TokenProcessor, chain, pin, token_processors
 from tess.sampling.guidance import Guidance
+from tess.sampling.options import SamplerOptions
+from tess.sampling.request import Request
 from tess.sampling.sources import Context
 from tess.sampling.steps import StepTrace
 from tess.schedulers.base import SimplexScheduler
@@ -40,11 +42,25 @@ class SamplingSettings:
     stopping: StoppingRule | None = None
     confidence_threshold: float | None = None
 
-    def __post_init__(self) -> None:
-        check_sampling(self.top_p, self.temperature)
-        threshold = self.confidence_threshold
-        if threshold is not None and not 0 < threshold <= 1:
-            raise UserError(f"confidence_threshold must be above 0 and at most 1, got {threshold}")
+    @classmethod
+    def of(
+        cls, options: SamplerOptions, request: Request, tokenizer: PreTrainedTokenizerBase
+    ) -> "SamplingSettings":
+        """What was asked for, with its words as token ids."""
+        return cls(
+            top_p=request.top_p,
+            temperature=request.temperature,
+            guidance=Guidance(
+                scale=options.guidance_scale,
+                form=options.guidance_form,
+                reward=options.reward,
+                reward_scale=options.reward_scale,
+                reward_steps=options.reward_steps,
+            ),
+            logits_processor=options.processors(tokenizer),
+            stopping=options.stopping,
+            confidence_threshold=options.confidence_threshold,
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,6 +162,7 @@ def denoise(
     on_trace: TraceHook | None = None,
     after_step: Callable[[], Any] = lambda: None,
     keep_trace: bool = False,
+    interrupted: Callable[[], bool] = lambda: False,
 ) -> Denoised:
     """Go through `scheduler.timesteps` until every example is done.
 
@@ -154,9 +171,7 @@ def denoise(
     on_trace: called with the state of all examples in each step.
     after_step: called with nothing, likewise.
     keep_trace: give the trace back.
-
-    Raises:
-        UserError: where the settings do not go together.
+    interrupted: asked in each step; once it says so the texts are left as they stand.
     """
     guidance, stopping = settings.guidance, settings.stopping
     record = _Record(batch.target_mask, pad_token_id)
@@ -178,6 +193,7 @@ def denoise(
         record.count(batch.index, 2 if guidance.contrasts else 1)
         batch, done_A = _settle(batch, settings, prediction, eos_token_id)
         finished = step + 1 == steps or (done_A is not None and bool(done_A.all()))
+        finished = finished or interrupted()
         leaving = not finished and done_A is not None and bool(done_A.any())
         if finished or leaving or keep_trace or on_trace is not None:
             record.write(batch.index, prediction)
@@ -187,6 +203,7 @@ def denoise(
                 trace.append(snapshot)
             if on_trace is not None:
                 on_trace(step, steps, snapshot)
+                finished = finished or interrupted()
         after_step()
         if finished:
             break
@@ -194,20 +211,6 @@ def denoise(
         if leaving:
             batch = batch.select((~done_A).nonzero()[:, 0])
     return Denoised(record.token_ids, record.log_probs, record.nfe, trace if keep_trace else None)
-
-
-def check_sampling(top_p: float | None, temperature: float) -> None:
-    """Refuse a nucleus or a temperature that cannot be meant.
-
-    Raises:
-        UserError: out of range, or a temperature where nothing is sampled.
-    """
-    if top_p is not None and not 0 < top_p <= 1:
-        raise UserError(f"top_p must be above 0 and at most 1, got {top_p}")
-    if not temperature > 0:
-        raise UserError(f"temperature must be above 0, got {temperature}")
-    if top_p is None and temperature != 1:
-        raise UserError(f"temperature {temperature} does nothing without top_p; give top_p too")
 
 
 def _evaluate(

@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerBase
 
 from tess.backbones.cache import HybridCache
 from tess.errors import UserError
-from tess.text.padding import right_mask
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,16 +46,6 @@ class Context:
     def without_cache(self) -> "Context":
         """The same sources, to be read in every step."""
         return replace(self, cache=None)
-
-
-def pad_left(
-    rows: Sequence[Sequence[int]], pad_token_id: int, device: torch.device | str = "cpu"
-) -> Context:
-    """Rows of token ids as one batch without an encoding."""
-    source_mask = right_mask([len(row) for row in rows]).flip(1)
-    source_ids = torch.full_like(source_mask, pad_token_id)
-    source_ids[source_mask.bool()] = torch.tensor([token for row in rows for token in row])
-    return Context(source_ids.to(device), source_mask.to(device))
 
 
 def id_rows(

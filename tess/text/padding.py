@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 
 
-def pad_sources(sources: Sequence[Sequence[int]], pad_id: int) -> dict[str, Tensor]:
-    """`source_ids` and `source_mask` [B, S], left padded."""
-    width = max(map(len, sources))
-    source_ids_BS = torch.full((len(sources), width), pad_id)
-    source_mask_BS = torch.zeros_like(source_ids_BS)
-    for i, source in enumerate(sources):
-        source_ids_BS[i, width - len(source) :] = torch.tensor(list(source), dtype=torch.long)
-        source_mask_BS[i, width - len(source) :] = 1
-    return {"source_ids": source_ids_BS, "source_mask": source_mask_BS}
+def pad_left(
+    rows: Sequence[Sequence[int]], pad_token_id: int, device: torch.device | str = "cpu"
+) -> dict[str, Tensor]:
+    """`source_ids` and `source_mask` [B, S] int64 of rows of token ids; padding stands first."""
+    source_mask = right_mask([len(row) for row in rows]).flip(1)
+    source_ids = torch.full_like(source_mask, pad_token_id)
+    tokens = [token for row in rows for token in row]
+    source_ids[source_mask.bool()] = torch.tensor(tokens, dtype=torch.long)
+    return {"source_ids": source_ids.to(device), "source_mask": source_mask.to(device)}
 
 
 def right_mask(lengths: Sequence[int]) -> Tensor:

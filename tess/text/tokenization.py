@@ -157,7 +157,10 @@ def encode_sources(
 
 
 def cut_sources(
-    rows: Sequence[Sequence[int]], max_length: int | None, strict: bool = False
+    rows: Sequence[Sequence[int]],
+    max_length: int | None,
+    strict: bool = False,
+    warn: bool = True,
 ) -> list[list[int]]:
     """Source ids of at most `max_length` each, the last one (`</s>`) kept; one warning counts cuts.
 
@@ -172,10 +175,11 @@ def cut_sources(
         raise UserError(
             f"source {number} of {len(rows)} has {length} tokens and the model takes {max_length}"
         )
-    logger.warning(
-        "%d of %d sources have up to %d tokens and the model takes %d; their ends were cut off",
-        *(sum(n > max_length for n in lengths), len(rows), max(lengths), max_length),
-    )
+    if warn:
+        logger.warning(
+            "%d of %d sources have up to %d tokens and the model takes %d; their ends were cut off",
+            *(sum(n > max_length for n in lengths), len(rows), max(lengths), max_length),
+        )
     return [
         [*row[: max_length - 1], row[-1]] if len(row) > max_length else list(row) for row in rows
     ]

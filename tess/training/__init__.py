@@ -6,7 +6,8 @@ run                 a training from its settings to the saved checkpoint
 start               the model, tokenizer and scheduler that it starts from
 losses              the losses of tess and ar
 trainer             transformers' trainer with our order, averages and checkpoints
-processes           one training in several processes
+update              the rows of one update, over micro-batches and processes
+place               where a run stopped, in rows
 sharding            FSDP2: one model over several GPUs
 sample_printer      texts of the evaluation rows, printed while it trains
 length_fitting      a length head fitted to a trained model

@@ -20,9 +20,9 @@ from tess.data.token_rows import length_rule
 from tess.denoiser import TessDenoiser
 from tess.errors import UserError
 from tess.length import LengthHead, length_loss, median_lengths, quantile_lengths
-from tess.sampling.sources import pad_left
 from tess.storage.files import replaced_folder
 from tess.storage.parts import Parts, load_parts
+from tess.text.padding import pad_left
 from tess.text.tokenization import encode_texts, source_layout
 
 ENCODED_AT_ONCE = 64
@@ -83,7 +83,7 @@ def encode_rows(
     for start in range(0, len(order), ENCODED_AT_ONCE):
         rows = order[start : start + ENCODED_AT_ONCE]
         batch = pad_left([sources[row] for row in rows], tokenizer.pad_token_id, denoiser.device)
-        reading = denoiser.read_source(batch.source_ids, batch.source_mask)
+        reading = denoiser.read_source(**batch)
         states_RH[rows] = reading.last_state.float().cpu()
     lengths = torch.tensor([len(source) for source in sources])
     return LengthRows(states_RH, lengths, torch.tensor(targets))

@@ -23,11 +23,13 @@ from tess.schedulers.renoising import RenoisingScheduler
 from tess.storage.files import replaced_folder
 from tess.storage.parts import Parts, kind_of, load_parts, save_parts
 from tess.training.losses import ar_loss, tess_loss
+from tess.training.place import read_state
 from tess.training.sample_printer import PrintSamples
 from tess.training.settings import Settings, TrainingArguments
 from tess.training.sharding import full_state, whole_copy
 from tess.training.start import build_parts, fitted_length_rule, store_limits
-from tess.training.trainer import TRAINER_STATE_FILE, TextTrainer
+from tess.training.trainer import TextTrainer
+from tess.training.update import Batch, Update
 
 FINAL_FOLDER = "final"
 SETTINGS_FILE = "settings.json"
@@ -131,16 +133,17 @@ def make_trainer(
     density = None
     if parts.scheduler is not None and settings.diffusion.timestep_density == "learned":
         density = learned_density(parts.scheduler)
+    step_rows = args.per_device_train_batch_size * args.world_size
     trainer = TextTrainer(
         parts=parts,
         loss_function=make_loss(settings, parts, density),
         density=density,
         train_sampler=BucketSampler(
             rows.lengths(),
-            args.per_device_train_batch_size * args.world_size,
+            step_rows * args.gradient_accumulation_steps,
             args.seed,
             settings.data.bucket_by_length,
-            fill=args.world_size > 1,
+            multiple_of=step_rows if args.world_size > 1 else 1,
         ),
         ema_decay=run.ema_decay,
         balance_rate=run.router_balance_rate,
@@ -196,8 +199,8 @@ def learned_density(scheduler: RenoisingScheduler) -> LearnedDensity:
 
 def make_loss(
     settings: Settings, parts: Parts, density: LearnedDensity | None = None
-) -> Callable[[torch.nn.Module, dict[str, torch.Tensor]], torch.Tensor]:
-    """(model, batch) -> loss; a learned density serves and learns in training mode."""
+) -> Callable[[torch.nn.Module, Batch, Update], torch.Tensor]:
+    """(model, batch, update) -> loss; a learned density serves and learns in training mode."""
     if parts.scheduler is None:
         causal = settings.causal
         return partial(
@@ -208,13 +211,14 @@ def make_loss(
         )
     diffusion = settings.diffusion
 
-    def loss(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    def loss(model: torch.nn.Module, batch: Batch, update: Update | None = None) -> torch.Tensor:
         return tess_loss(
             model,
             parts.scheduler,
             batch,
+            update,
             self_conditioning_probability=diffusion.self_conditioning_probability,
-            unroll_probability=diffusion.unroll_probability if model.training else 0.0,
+            unroll_probability=diffusion.unroll_probability,
             unroll_steps=diffusion.unroll_steps,
             stratified=diffusion.stratified_timesteps,
             source_drop_probability=diffusion.source_drop_probability if model.training else 0.0,
@@ -277,7 +281,7 @@ def _record_settings(settings: Settings, resumed: bool) -> None:
 
 def _result_of(checkpoint: Path, settings: Settings) -> Path:
     """The checkpoint that a run which ended with `checkpoint` is to ship."""
-    state = json.loads((checkpoint / TRAINER_STATE_FILE).read_text())
+    state = read_state(checkpoint)
     best = state.get("best_model_checkpoint")
     if not (settings.training.load_best_model_at_end and best):
         return checkpoint
@@ -285,7 +289,7 @@ def _result_of(checkpoint: Path, settings: Settings) -> Path:
 
 
 def _is_finished(checkpoint: Path, settings: Settings) -> bool:
-    state = json.loads((checkpoint / TRAINER_STATE_FILE).read_text())
+    state = read_state(checkpoint)
     args = settings.training
     if args.max_steps > 0:
         return state["global_step"] >= args.max_steps

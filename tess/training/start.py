@@ -17,6 +17,7 @@ from tess.errors import UserError
 from tess.pipeline import check_scheduler
 from tess.schedulers.presets import DEFAULT_PRESET, SCHEDULER_PRESETS
 from tess.schedulers.renoising import RenoisingScheduler
+from tess.storage.hub import local_folder
 from tess.storage.parts import Parts, copy_weights, load_parts, own_fields
 from tess.text.tokenization import load_tokenizer, source_layout, train_tokenizer
 from tess.training.settings import SMALL_BACKBONE, Settings
@@ -29,7 +30,7 @@ DEFAULT_VOCAB_SIZE = 4096
 def build_parts(settings: Settings, texts: Texts) -> Parts:
     """Tokenizer, model and scheduler of a new run."""
     if settings.model.init_from:
-        given = load_parts(settings.model.init_from)
+        given = load_parts(local_folder(settings.model.init_from))
         return _adapted(settings, given)
     tokenizer = _tokenizer(settings, texts)
     ids = {

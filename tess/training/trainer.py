@@ -6,6 +6,7 @@ there are any).
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -16,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_pt_utils import safe_globals
+from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
 from tess.backbones.feedforward import balance_routers
 from tess.data.token_rows import BucketSampler
@@ -24,11 +26,12 @@ from tess.errors import UserError
 from tess.schedulers.density import LearnedDensity
 from tess.storage.files import replaced_folder
 from tess.storage.parts import Parts, load_parts, save_parts
+from tess.training.place import TRAINER_STATE_FILE, Place, place_of, rows_at
 from tess.training.sharding import full_state, is_sharded, load_full_state, shard, whole_copy
+from tess.training.update import Batch, Update, processes
 
 AVERAGE_FILE = "average.safetensors"
 DENSITY_FILE = "timestep_density.safetensors"
-TRAINER_STATE_FILE = "trainer_state.json"
 
 
 class WeightAverage:
@@ -93,7 +96,7 @@ class TextTrainer(Trainer):
 
     Args:
         parts: model, tokenizer and scheduler; the model is trained in place.
-        loss_function: (model, batch) -> scalar.
+        loss_function: (model, batch, update) -> scalar, the batch's part in the update's loss.
         train_sampler: the order of the training rows.
         ema_decay: of the weights' moving average; 0 for none.
         balance_rate: step of the experts' balancing bias; 0 for none.
@@ -105,7 +108,7 @@ class TextTrainer(Trainer):
         self,
         *,
         parts: Parts,
-        loss_function: Callable[[nn.Module, dict[str, Tensor]], Tensor],
+        loss_function: Callable[[nn.Module, Batch, Update], Tensor],
         train_sampler: BucketSampler,
         ema_decay: float = 0.0,
         balance_rate: float = 0.0,
@@ -118,8 +121,10 @@ class TextTrainer(Trainer):
         self.train_sampler = train_sampler
         self.average = WeightAverage(self.model, ema_decay) if ema_decay else None
         self.density = density
-        # The loss is a mean over the micro-batch, so Trainer divides it by their number.
-        self.loss_is_scaled_for_ga = False
+        # The parts of an update's micro-batches are to be added up.
+        self.loss_is_scaled_for_ga = True
+        self._update = Update([])
+        self._place = Place(updates=0, epoch=0, rows=0, order_batch=0)
         self._run_dir: str | None = None
         if self.is_fsdp_enabled:
             self._check_sharded()
@@ -129,25 +134,80 @@ class TextTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
         return self.train_sampler
 
+    # Going on: where Trainer counts updates, rows are counted
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
+        if resume_from_checkpoint is not None:
+            place = place_of(Path(resume_from_checkpoint), len(self.train_sampler.lengths))
+            self.train_sampler.keep_order(place.epoch, place.order_batch)
+            self._place = place
+        return super().train(resume_from_checkpoint, **kwargs)
+
+    @property
+    def _step_rows(self) -> int:
+        """Rows of one micro-batch in all processes."""
+        return self._train_batch_size * self.args.world_size
+
+    @property
+    def _updates_done(self) -> int:
+        """Whole updates, of today's size, in the rows of the epoch in which a run goes on."""
+        accumulation = self.args.gradient_accumulation_steps
+        return self._place.rows // (self._step_rows * accumulation)
+
+    def set_initial_training_values(self, args: Any, dataloader: Any) -> tuple[Any, ...]:
+        epochs, per_epoch, *more, max_steps = super().set_initial_training_values(args, dataloader)
+        done = self._place.epoch * per_epoch + self._updates_done
+        if args.max_steps > 0:
+            last = done + max_steps - self._place.updates
+            epochs = math.ceil(last / per_epoch)
+        else:
+            max_steps += self._place.updates - done
+        return epochs, per_epoch, *more, max_steps
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        super()._init_training_state(*args, **kwargs)
+        return self._place.epoch, self._updates_done * self.args.gradient_accumulation_steps
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """A process that the earlier run had not takes another's state: they are all in step."""
+        alone = self.args.world_size == 1
+        own = "rng_state.pth" if alone else f"rng_state_{self.args.process_index}.pth"
+        if checkpoint is None or (Path(checkpoint) / own).is_file():
+            super()._load_rng_state(checkpoint)
+            return
+        with safe_globals():
+            state = torch.load(min(Path(checkpoint).glob("rng_state*.pth")), weights_only=True)
+        torch.set_rng_state(state["cpu"])
+        if self.args.device.type == "cuda" and "cuda" in state:
+            cuda = state["cuda"] if torch.is_tensor(state["cuda"]) else state["cuda"][0]
+            torch.cuda.set_rng_state(cuda, self.args.device)
+
+    # The loss of an update
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], None]:
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._update = Update(batches)
+        return batches, None
+
+    def training_step(self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> Tensor:
+        turn = next(i for i, batch in enumerate(self._update.batches) if batch is inputs)
+        self._update.begin(turn)
+        return super().training_step(model, inputs, *args, **kwargs)
+
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, Tensor],
+        inputs: Batch,
         return_outputs: bool = False,
         **kwargs: Any,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         # Accelerate puts autocast around the model's forward only, and the source is encoded
         # outside it.
         with self.accelerator.autocast():
-            loss = self.loss_function(model, inputs)
+            loss = self.loss_function(model, inputs, self._update)
         return (loss, {}) if return_outputs else loss
-
-    def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, None, None]:
-        with torch.no_grad():
-            loss = self.compute_loss(model, self._prepare_inputs(inputs))
-        return loss.detach(), None, None
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As Trainer's, with the averaged weights, and with the same noise every time.
@@ -158,6 +218,55 @@ class TextTrainer(Trainer):
         with torch.random.fork_rng(devices=cuda), self.averaged_weights():
             torch.manual_seed(self.args.seed)
             return super().evaluate(*args, **kwargs)
+
+    @torch.no_grad()
+    def evaluation_loop(
+        self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> EvalLoopOutput:
+        """The loss of one update of all rows, without its step: a mean over tokens, not batches."""
+        self.model.eval()
+        self.callback_handler.eval_dataloader = dataloader
+        self._update, counted = self._evaluation()
+        loss = torch.zeros((), device=self.args.device)
+        for turn in range(len(self._update.batches)):
+            part = self.compute_loss(self.model, self._update.begin(turn))
+            if turn < counted:
+                loss += part
+            self.control = self.callback_handler.on_prediction_step(
+                self.args, self.state, self.control
+            )
+        mean = self.accelerator.reduce(loss, "mean").item()
+        metrics = {f"{metric_key_prefix}_loss": mean}
+        return EvalLoopOutput(None, None, metrics, len(self.eval_dataset))
+
+    def _evaluation(self) -> tuple[Update, int]:
+        """All evaluation rows as one update, and how many of its batches count here.
+
+        Every P-th batch is this process's. One that has fewer than the others fills up with a batch
+        without weight: sharded models have to run equally often in all processes.
+        """
+        rows, batch_size = self.eval_dataset, self.args.per_device_eval_batch_size
+        size, index = processes()
+        starts = list(range(0, len(rows), batch_size))
+        own = starts[index::size]
+        blank = (own or starts[:1]) * (math.ceil(len(starts) / size) - len(own))
+        batches = [
+            self._prepare_inputs(
+                self.data_collator([rows[i] for i in range(s, min(s + batch_size, len(rows)))])
+            )
+            for s in [*own, *blank]
+        ]
+        batches[len(own) :] = [
+            batch
+            | {
+                "loss_weights": torch.zeros_like(batch["loss_weights"]),
+                "target_ids": torch.full_like(
+                    batch["target_ids"], self.parts.tokenizer.pad_token_id
+                ),
+            }
+            for batch in batches[len(own) :]
+        ]
+        return Update(batches, [*own, *blank], len(rows)), len(own)
 
     def averaged_weights(self) -> Any:
         """Context in which the model has the weights that are evaluated and shipped."""
@@ -237,6 +346,9 @@ class TextTrainer(Trainer):
             save_file(self.average.tensors, folder / AVERAGE_FILE)
         if self.density is not None:
             save_file({"losses": self.density.losses}, folder / DENSITY_FILE)
+        epoch, rows = rows_at(self.state.epoch or 0, len(self.train_sampler), self._step_rows)
+        order_batch = self.train_sampler.batch_size_of(epoch)
+        Place(self.state.global_step, epoch, rows, order_batch).save(folder)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None

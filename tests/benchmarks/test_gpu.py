@@ -26,7 +26,8 @@ from tess.benchmarks.gpu.clock import Clock, as_gpu, summarize  # noqa: E402
 from tess.benchmarks.gpu.peers import PACKAGES, Absent, Contender, load  # noqa: E402
 from tess.benchmarks.gpu.run import Options  # noqa: E402
 from tess.commands.benchmark import main, make_parser
-from tess.costs.roofline import Cost, Gpu  # noqa: E402
+from tess.costs.gpus import Gpu  # noqa: E402
+from tess.costs.roofline import Cost  # noqa: E402
 from tess.errors import UserError  # noqa: E402
 from tess.kernels import conv, cross_entropy, head, norms  # noqa: E402
 from tess.kernels.dispatch import is_interpreted  # noqa: E402

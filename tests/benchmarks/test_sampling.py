@@ -22,6 +22,7 @@ from tess.data.rows import Example
 from tess.denoiser import TessDenoiser
 from tess.errors import UserError
 from tess.pipeline import TessPipeline
+from tess.sampling.writer import target_lengths
 from tess.schedulers.renoising import RenoisingScheduler
 from tess.schedulers.stopping import StoppingRule
 from tess.text.tokenization import train_tokenizer
@@ -196,7 +197,7 @@ def test_canvases_are_what_they_are_called(trials):
     result = benchmark_lengths(trials, steps=1, seeds=[0])
     found = {row["canvas"]: row for row in result["rows"]}
     assert list(found) == ["rule", "fixed", "gold"]
-    rule = trials.pipeline.target_lengths(trials.rows, None)
+    rule = target_lengths(trials.pipeline.denoiser.config, trials.rows)
     assert found["rule"]["canvas_mean"] == sum(rule) / 4
     assert found["fixed"]["canvas_mean"] == 24 and found["fixed"]["too_short"] == 0
     gold = len(trials.pipeline.tokenizer("the cat", add_special_tokens=False)["input_ids"]) + 1

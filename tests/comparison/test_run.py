@@ -17,7 +17,7 @@ from tess.comparison.scores import costs, over_seeds, verdict
 from tess.comparison.systems import Models, texts_key
 from tess.comparison.timing import evenly_spaced, measure_peak, peak_memory
 from tess.errors import UserError
-from tess.metrics.protocols import PROTOCOLS
+from tess.metrics.catalog import PROTOCOLS
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = {
@@ -423,12 +423,12 @@ def test_costs_and_verdicts_by_hand():
         {"nfe": 4, "num_new_tokens": 10, "num_verifications": 2},
         {"nfe": 2, "num_new_tokens": 5, "num_verifications": 1},
     ]
-    found = costs("ar+mtp", rows)
+    found = costs(rows)
     assert found["nfe_mean"] == 3 and found["nfe_max"] == 4
     assert found["tokens_per_forward"] == pytest.approx(15 / 6)
-    assert found["acceptance_length"] == pytest.approx((15 - 2) / (3 + 1))
-    assert costs("tess+ar", rows)["acceptance_length"] == pytest.approx(13 / 3)
-    assert costs("ar", rows)["acceptance_length"] is None
+    assert found["acceptance_length"] == pytest.approx((15 - 2) / (2 + 1))
+    undrafted = [row | {"num_verifications": 0} for row in rows]
+    assert costs(undrafted)["acceptance_length"] is None
     ours = {"m": {"value": 3, "low": 2, "high": 4}}
     others = {"copy": {"m": {"low": 0, "high": 1.9}}, "untrained": {"m": {"low": 1, "high": 2.1}}}
     assert verdict(ours, others, "m", True) == {

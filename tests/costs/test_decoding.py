@@ -1,5 +1,6 @@
 """Operations of whole runs: against those that torch counts, and the laws they follow."""
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -10,15 +11,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from tess.backbones.causal_lm import HybridForCausalLM
 from tess.backbones.config import HybridConfig
 from tess.config import TessConfig
-from tess.costs.decoding import DecodingCost, decoding_flops, flops_of_run, source_lengths
+from tess.costs.decoding import DecodingCost, ar_flops, mtp_flops, tess_flops
 from tess.costs.roofline import Block, draft_pass, head_cost, stack_cost, verify_pass
 from tess.decoders.autoregressive import ArDecoder, ArMtpDecoder
+from tess.decoders.base import Generation
 from tess.decoders.beam_search import BeamDecoder
 from tess.decoders.diffusion import TessDecoder
-from tess.decoders.options import SamplerOptions
 from tess.decoders.verified import DraftVerifyDecoder
 from tess.denoiser import TessDenoiser
 from tess.errors import UserError
+from tess.sampling.options import SamplerOptions
 from tess.schedulers.renoising import RenoisingScheduler
 from tess.storage.parts import Parts
 from tess.text.tokenization import train_tokenizer
@@ -103,7 +105,7 @@ def test_tess_takes_the_operations_that_really_run(options):
     decoder = TessDecoder(denoiser(**options))
     texts, ran = counted(decoder, SOURCES, num_inference_steps=3, gen_length=CANVAS)
     assert [(g.canvas_length, g.nfe) for g in texts] == [(CANVAS, 3)] * 2
-    cost = flops_of_run(decoder, [len(row) for row in SOURCES], texts)
+    cost = decoder.cost([len(row) for row in SOURCES], texts)
     causal_reading = decoder.model.config.source_encoding == "causal"
     shift = int(decoder.model.config.label_shift)
     above = sum(square(decoder.model.config.backbone_config, len(row) - shift) for row in SOURCES)
@@ -120,7 +122,7 @@ def test_ar_takes_the_operations_that_really_run(beams):
     decoder = ArDecoder(causal()) if beams == 1 else BeamDecoder(causal(), beams)
     texts, ran = counted(decoder, SOURCES)
     assert [g.nfe for g in texts] == [LONGEST] * 2
-    cost = flops_of_run(decoder, [len(row) for row in SOURCES], texts)
+    cost = decoder.cost([len(row) for row in SOURCES], texts)
     above = beams * sum(square(decoder.model.config, len(row)) for row in SOURCES)
     # one position updates its state without a matrix product: 2 N P for each head
     updates = beams * 2 * (LONGEST - 1) * 2 * 32 * 8 * 32
@@ -131,16 +133,15 @@ def test_ar_mtp_takes_the_operations_that_really_run():
     decoder = ArMtpDecoder(causal(), DRAFTS)
     texts, ran = counted(decoder, SOURCES)
     assert all(1 < g.nfe <= LONGEST for g in texts)
-    cost = flops_of_run(decoder, [len(row) for row in SOURCES], texts)
+    cost = decoder.cost([len(row) for row in SOURCES], texts)
     # both the backbone and the predictor read the source, and a block of drafts has a mask
     above = 2 * sum(square(decoder.model.config, len(row)) for row in SOURCES)
     above += sum((g.nfe - 1) * square(decoder.model.config, DRAFTS + 1) for g in texts)
     assert ran == pytest.approx(cost.total + above, rel=0.02)
-    one_less = decoding_flops(
-        decoder.model.config, "ar+mtp", source_lengths=[24, 16], num_draft_tokens=DRAFTS - 1,
-        nfe=[g.nfe for g in texts], new_tokens=[LONGEST] * 2,
-    )
-    assert ran != pytest.approx(one_less.total + above, rel=0.05)
+    assert [g.num_verifications for g in texts] == [g.nfe - 1 for g in texts]
+    decoder.num_draft_tokens -= 1
+    one_less = decoder.cost([24, 16], texts).total
+    assert ran != pytest.approx(one_less + above, rel=0.05)
 
 
 def test_tess_ar_takes_the_operations_that_really_run():
@@ -151,7 +152,7 @@ def test_tess_ar_takes_the_operations_that_really_run():
     finally:
         decoder.writer.model.config.target_length_ratio = None
     assert [g.canvas_length for g in texts] == [12, 8]
-    cost = flops_of_run(decoder, [len(row) for row in SOURCES], texts)
+    cost = decoder.cost([len(row) for row in SOURCES], texts)
     unseen = sum(2 * 2 * g.canvas_length * 128 * (NUM_TOP + 1) for g in texts)
     above = 2 * sum(square(decoder.model.config, len(row)) for row in SOURCES)
     for text in texts:
@@ -171,133 +172,91 @@ def test_rounds_of_drafts_add_up_one_by_one():
         for i in range(k - 1):
             total += draft_pass(config, 1, 1, known + i)
         total += verify_pass(config, 1, known, k)
-    run = decoding_flops(
-        config, "ar+mtp", source_lengths=[10], nfe=[1 + rounds], new_tokens=[1 + rounds * gain],
-        num_draft_tokens=k,
-    )
-    assert run.total == pytest.approx(total.flops, rel=1e-12)
+    run = mtp_flops(config, 10, 1 + rounds, 1 + rounds * gain, k)
+    assert run == pytest.approx(total.flops, rel=1e-12)
 
 
 def test_a_source_read_in_both_directions_costs_the_pairs_that_a_causal_one_leaves_out():
     config = HybridConfig(**WIDE, mamba_direction="forward")
     totals = [
-        decoding_flops(
-            TessConfig(backbone_config=config, source_encoding=encoding), "tess",
-            canvas_lengths=[12], source_lengths=[24], nfe=[2], new_tokens=[5],
-        ).total
+        tess_flops(TessConfig(backbone_config=config, source_encoding=encoding), 24, 12, 2, NUM_TOP)
         for encoding in ("causal", "bidirectional")
     ]
     assert totals[1] - totals[0] == pytest.approx(square(config, 24))
 
 
-SIZES = {"source_lengths": [24, 16, 9], "nfe": [4, 9, 1], "new_tokens": [10, 9, 1]}
-MODELS = {
-    "tess": {"canvas_lengths": [12, 12, 5]},
-    "ar": {},
-    "ar+mtp": {"num_draft_tokens": 3},
-    "tess+ar": {
-        "canvas_lengths": [12, 12, 0], "num_drafted": [20, 30, 0],
-        "num_verifications": [2, 6, 0], "verifier": HybridConfig(**WIDE),
-    },
+SOURCE_LENGTHS = [24, 16, 9]
+TEXTS = [
+    Generation("", [], tokens, nfe, num_drafted=drafted, num_verifications=checks, canvas_length=n)
+    for tokens, nfe, drafted, checks, n in ((10, 4, 20, 2, 12), (9, 9, 30, 6, 12), (1, 1, 0, 0, 5))
+]
+DECODERS = {
+    "tess": lambda: TessDecoder(denoiser()),
+    "ar": lambda: ArDecoder(causal()),
+    "ar-beam": lambda: BeamDecoder(causal(), 4),
+    "ar+mtp": lambda: ArMtpDecoder(causal(), DRAFTS),
+    "tess+ar": lambda: DraftVerifyDecoder(denoiser(), causal()),
 }
 
 
-def cost(name, **changed):
-    config = TessConfig(backbone_config=HybridConfig(**WIDE))
-    if "tess" not in name:
-        config = config.backbone_config
-    return decoding_flops(config, name, **(SIZES | MODELS[name] | changed))
+def texts(**changed):
+    return [replace(text, **changed) for text in TEXTS]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", DECODERS)
 def test_a_run_takes_what_its_texts_take_one_by_one(name):
-    alone = []
-    for row in range(3):
-        own = {k: [v[row]] for k, v in (SIZES | MODELS[name]).items() if isinstance(v, list)}
-        alone.append(cost(name, **own).total)
-    together = cost(name)
+    decoder = DECODERS[name]()
+    rows = zip(SOURCE_LENGTHS, TEXTS, strict=True)
+    alone = [decoder.cost([length], [text]).total for length, text in rows]
+    together = decoder.cost(SOURCE_LENGTHS, TEXTS)
     assert together.total == pytest.approx(sum(alone)) and min(alone) > 0
     assert together.per_output_token == pytest.approx(together.total / 20)
-    assert cost(name, new_tokens=[1, 1, 1]).per_output_token > together.per_output_token
+    fewer = decoder.cost(SOURCE_LENGTHS, texts(num_new_tokens=1))
+    assert fewer.per_output_token > together.per_output_token
 
 
 def test_evaluations_of_tess_all_cost_the_same_and_the_source_is_read_once():
-    none, one, five = (cost("tess", nfe=[n] * 3).total for n in (1, 2, 6))
+    decoder = TessDecoder(denoiser())
+    none, one, five = (decoder.cost(SOURCE_LENGTHS, texts(nfe=n)).total for n in (1, 2, 6))
     assert five - none == pytest.approx(5 * (one - none))
     reading = none - (one - none)
     assert 0 < reading < none
-    longer = cost("tess", nfe=[2] * 3, source_lengths=[48, 32, 18]).total - one
+    longer = decoder.cost([48, 32, 18], texts(nfe=2)).total - one
     assert longer > reading  # twice the source: the reading again, and attention to it
 
 
 def test_an_ar_step_costs_more_by_one_more_key_each_time():
-    totals = [cost("ar", nfe=[n] * 3).total for n in range(1, 6)]
+    decoder = ArDecoder(causal())
+    totals = [decoder.cost(SOURCE_LENGTHS, texts(nfe=n)).total for n in range(1, 6)]
     steps = [after - before for before, after in zip(totals, totals[1:])]
     more = [after - before for before, after in zip(steps, steps[1:])]
     assert more == pytest.approx([3 * 4 * 4 * 32] * 3)
-    assert cost("ar", num_beams=4).total == 4 * cost("ar").total
+    plain, beams = (one.cost(SOURCE_LENGTHS, TEXTS) for one in (decoder, DECODERS["ar-beam"]()))
+    assert beams.total == 4 * plain.total
 
 
 def test_experts_that_no_token_is_sent_to_cost_nothing_but_their_score():
-    def total(experts):
-        config = HybridConfig(**WIDE | {"n_routed_experts": experts})
-        return decoding_flops(config, "ar", **SIZES).total
-
-    positions = sum(SIZES["source_lengths"]) + sum(SIZES["nfe"]) - 3
-    assert total(16) - total(8) == pytest.approx(2 * 8 * 128 * positions)
+    more, few = (ar_flops(HybridConfig(**WIDE | {"n_routed_experts": n}), 24, 4) for n in (16, 8))
+    assert more - few == pytest.approx(2 * 8 * 128 * (24 + 3))
 
 
 def test_dense_noise_costs_a_product_over_the_vocabulary():
-    few, all_of_it = cost("tess"), cost("tess", num_top=None)
+    few, dense = (
+        TessDecoder(denoiser(noise=noise)).cost(SOURCE_LENGTHS, TEXTS).total
+        for noise in ("order_statistics", "dense")
+    )
     positions = 4 * 12 + 9 * 12 + 1 * 5
     difference = 2 * positions * 128 * (512 - (NUM_TOP + 1 + 128))
-    assert all_of_it.total - few.total == pytest.approx(difference)
+    assert dense - few == pytest.approx(difference)
 
 
 def test_a_run_without_a_token_has_no_cost_per_token():
-    assert cost("ar", new_tokens=[0, 0, 0]).per_output_token is None
-    empty = decoding_flops(HybridConfig(**WIDE), "ar", source_lengths=[], nfe=[], new_tokens=[])
-    assert empty == DecodingCost(0.0, None)
-
-
-def test_source_lengths_are_those_that_the_model_reads():
-    decoder = TessDecoder(denoiser())
-    texts = ["a cat", "the dog", "cat " * 100]
-    # with <s> and </s> around it, and cut to what the model takes
-    assert source_lengths(decoder, texts)[0] == len(tokenizer()("a cat").input_ids) + 2
-    assert source_lengths(decoder, texts)[2] == 64
+    decoder = ArDecoder(causal())
+    assert decoder.cost(SOURCE_LENGTHS, texts(num_new_tokens=0)).per_output_token is None
+    assert decoder.cost([], []) == DecodingCost(0.0, None)
 
 
 def test_blocks_are_refused():
     decoder = TessDecoder(denoiser(), SamplerOptions(block_length=4))
     with pytest.raises(UserError, match="written in blocks is not known"):
-        flops_of_run(decoder, [3], decoder.generate_ids([[5, 6, 7]], gen_length=4))
-
-
-@pytest.mark.parametrize(
-    ("name", "changed", "message"),
-    [
-        ("tess", {"canvas_lengths": None}, "tess needs canvas_lengths, a number for each text"),
-        ("tess", {"nfe": [1, 2]}, "nfe must have 3 numbers, one for each text: 2"),
-        ("ar", {"nfe": [1, 0, 2]}, "nfe must be at least 1, got 0"),
-        ("ar+mtp", {"num_draft_tokens": None}, "needs num_draft_tokens of 1 or more, got None"),
-        ("tess+ar", {"verifier": None}, "tess.ar needs a HybridConfig, got NoneType"),
-        ("tess+ar", {"num_drafted": None}, "tess.ar needs num_drafted"),
-        ("tess", {"num_beams": 2}, "num_beams must be 1, or more for ar, got 2 for tess"),
-    ],
-)
-def test_what_is_missing_is_said(name, changed, message):
-    with pytest.raises(UserError, match=message):
-        cost(name, **changed)
-
-
-def test_a_model_of_another_kind_is_refused():
-    plain = HybridConfig(**WIDE | {"num_nextn_predict_layers": 0})
-    for name, config, message in (
-        ("tess", plain, "tess needs a TessConfig, got HybridConfig"),
-        ("ar", TessConfig(), "ar needs a HybridConfig, got TessConfig"),
-        ("ar+mtp", plain, "needs a model with a multi-token predictor"),
-        ("beam", plain, "unknown decoder 'beam'"),
-    ):
-        with pytest.raises(UserError, match=message):
-            decoding_flops(config, name, **(SIZES | MODELS.get(name, {})))
+        decoder.cost([3], decoder.generate_ids([[5, 6, 7]], gen_length=4))

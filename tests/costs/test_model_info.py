@@ -11,8 +11,9 @@ from tess.backbones.config import HybridConfig
 from tess.backbones.presets import PRESETS, preset_config
 from tess.commands import generate, info
 from tess.config import TessConfig
+from tess.costs.gpus import GPUS, Workload
 from tess.costs.model_info import describe
-from tess.costs.roofline import GPUS, Workload, roofline
+from tess.costs.roofline import roofline
 from tess.errors import UserError
 
 TINY = {
@@ -141,8 +142,8 @@ def test_help_names_every_preset_and_gpu(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nemotron-3-nanoo"], "nanoo is not a folder, and .*did you mean nemotron-3-nano"),
-        (["./nemotron-3-nano"], "is not a folder"),
+        (["nemotron-3-nanoo"], "no folder .*nanoo., and .*did you mean nemotron-3-nano"),
+        (["./nemotron-3-nano"], "there is no folder"),
         (["small-3m", "--target", "4"], "--target belongs to the times, which need --gpu"),
         (["small-3m", "--gpu", "h100", "--drafts", "1"], "acceptance counts"),
     ],

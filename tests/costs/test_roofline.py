@@ -14,13 +14,11 @@ from tess.backbones.causal_lm import HybridForCausalLM
 from tess.backbones.config import HybridConfig
 from tess.backbones.presets import PRESETS, preset_config
 from tess.config import TessConfig
+from tess.costs.gpus import GPUS, Gpu, Workload
 from tess.costs.model_info import count_parameters
 from tess.costs.roofline import (
-    GPUS,
     Cost,
-    Gpu,
     PassTime,
-    Workload,
     ar_step,
     backbone_weights,
     conv_bytes_per_sequence,

@@ -268,7 +268,7 @@ def test_buckets_hold_like_lengths():
 def test_processes_share_the_batches_that_one_process_has(tokenizer, bucket):
     data = TokenRows(tokenizer, ["s"] * 30, ["text " * (i % 7 + 1) for i in range(30)], seed=1)
     alone = list(BucketSampler(data.lengths(), 8, 0, bucket))
-    filled = BucketSampler(data.lengths(), 8, 0, bucket, fill=True)
+    filled = BucketSampler(data.lengths(), 8, 0, bucket, multiple_of=8)
     together = list(filled)
     assert together[:30] == alone and len(together) == len(filled) == 32
     assert [index for _, index, _ in together[30:]] == [index for _, index, _ in alone[:2]]

@@ -16,7 +16,9 @@ from tess.backbones.causal_lm import HybridForCausalLM
 from tess.backbones.config import HybridConfig
 from tess.config import TessConfig
 from tess.decoders.autoregressive import _KeyedNucleus
+from tess.decoders.base import Description
 from tess.decoders.load import load_decoder, make_decoder
+from tess.decoders.options import SamplerOptions
 from tess.denoiser import TessDenoiser
 from tess.errors import UserError
 from tess.pipeline import TessPipelineOutput
@@ -100,12 +102,13 @@ def test_sampled_texts_do_not_depend_on_batch_or_order(checkpoints, name):
 def test_drafts_change_no_text_greedy_or_sampled_and_are_counted(drafting, options, drafts):
     plain = load_decoder(drafting, "ar").generate(TEXTS, **options)
     decoder = load_decoder(drafting, "ar+mtp", num_draft_tokens=drafts)
-    assert (decoder.name, decoder.num_draft_tokens) == ("ar+mtp", drafts)
+    assert (decoder.name, decoder.describe()) == ("ar+mtp", Description(num_draft_tokens=drafts))
     for batch_size in (1, 4):
         drafted = decoder.generate(TEXTS, batch_size=batch_size, **options)
         assert [g.token_ids for g in drafted] == [g.token_ids for g in plain]
         for one, other in zip(plain, drafted):
-            assert other.num_drafted == (other.nfe - 1) * drafts
+            assert other.num_verifications == other.nfe - 1
+            assert other.num_drafted == other.num_verifications * drafts
             assert one.nfe <= other.nfe + other.num_accepted
             assert other.nfe <= one.nfe
     assert len({generation.text for generation in plain}) > 1
@@ -389,3 +392,45 @@ def test_help_is_useful(name, monkeypatch, capsys):
 def test_generate_warns_of_a_long_text(checkpoints):
     result = script("generate", "the dog ran " * 30, "--checkpoint", checkpoints, "--decoder", "ar")
     assert result.returncode == 0 and "cut off" in result.stderr
+
+
+def test_a_decoder_describes_how_it_writes_under_the_keys_of_reports(checkpoints):
+    plain = load_decoder(checkpoints, "tess").describe()
+    assert (plain.scheduler, plain.timestep_spacing) == ("renoising", "recoverability")
+    assert (plain.length, plain.stopping, plain.sampler) == ("rule", None, {})
+    options = SamplerOptions(scheduler="ddim", stop_patience=2, num_candidates=3)
+    asked = load_decoder(checkpoints, "tess", options=options).describe()
+    assert (asked.scheduler, asked.num_candidates, asked.choose_by) == ("ddim", 3, "confidence")
+    assert asked.stopping == {"patience": 2, "max_entropy": None}  # JSON has no infinity
+    beams = load_decoder(checkpoints, "ar", num_beams=2).describe()
+    assert beams == Description(num_beams=2, length_penalty=1.0)
+
+
+@pytest.mark.parametrize("name", ["tess", "ar"])
+def test_each_batch_is_told_and_finished_batches_are_not_written_again(checkpoints, name):
+    decoder = load_decoder(checkpoints, name)
+    told = []
+    whole = decoder.generate([*TEXTS, "a cat"], batch_size=2, on_batch=told.append)
+    assert [len(batch) for batch in told] == [2, 2, 1]
+    assert {i: text for batch in told for i, text in batch.items()} == dict(enumerate(whole))
+    later = []
+    finished = told[0] | told[2]
+    again = decoder.generate(
+        [*TEXTS, "a cat"], batch_size=2, on_batch=later.append, finished=finished
+    )
+    assert again == whole and later == [told[1]]
+    torn = told[0].keys() - {next(iter(told[0]))}  # half a batch is written anew as a whole
+    later.clear()
+    decoder.generate(
+        [*TEXTS, "a cat"], batch_size=2, on_batch=later.append, finished={i: whole[i] for i in torn}
+    )
+    assert later == told
+
+
+def test_cut_sources_are_a_result_and_no_warning_where_that_is_asked_for(checkpoints, caplog):
+    decoder = load_decoder(checkpoints, "tess")
+    told = decoder.encode(["a cat", "the dog ran " * 30], warn=False)
+    assert told.num_cut == 1 and [len(row) <= 16 for row in told.rows] == [True, True]
+    assert not caplog.records
+    assert decoder.encode(["the dog ran " * 30]).rows == told.rows[1:]
+    assert "1 of 1 sources have up to" in caplog.text

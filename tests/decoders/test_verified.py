@@ -13,10 +13,10 @@ from tess.commands.generate import main
 from tess.config import TessConfig
 from tess.decoders.drafts import DiffusionDrafts, aligned_rest
 from tess.decoders.load import load_decoder
-from tess.decoders.options import SamplerOptions
 from tess.decoders.verified import DraftVerifyDecoder, decode_with_drafts
 from tess.denoiser import TessDenoiser
 from tess.errors import UserError
+from tess.sampling.options import SamplerOptions
 from tess.schedulers.renoising import RenoisingScheduler
 from tess.storage.parts import Parts, load_parts, save_parts
 from tess.text.tokenization import train_tokenizer

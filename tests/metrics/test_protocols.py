@@ -13,9 +13,10 @@ from tess.errors import UserError
 from tess.evaluation.protocol import protocol_lines, protocol_section, protocol_summary
 from tess.metrics.bertscore import BertScore
 from tess.metrics.candidates import mbr_choice, pairwise_bleu
+from tess.metrics.catalog import PROTOCOLS, get_protocol
 from tess.metrics.measures import MEASURES, measures
 from tess.metrics.ngrams import bleu_rows, sentence_bleu
-from tess.metrics.protocols import PROTOCOLS, apply_protocol, baselines, get_protocol
+from tess.metrics.protocols import apply_protocol, baselines
 from tess.metrics.tokens import tokenize_bert
 
 KEYS = {

@@ -17,8 +17,7 @@ from tess.sampling.candidates import (
     choose_by_confidence,
     choose_by_mbr,
 )
-from tess.sampling.sources import pad_left
-from tess.text.padding import right_mask
+from tess.text.padding import pad_left, right_mask
 from tess.training.losses import ar_loss
 
 TEXTS = [
@@ -141,8 +140,8 @@ def test_ar_log_probs_are_minus_the_training_loss(model):
     ids = torch.zeros_like(mask)
     ids[mask.bool()] = torch.tensor([token for row in TARGETS for token in row])
     batch = {
-        "source_ids": source.source_ids, "source_mask": source.source_mask, "target_ids": ids,
-        "target_mask": mask, "noise_mask": mask, "loss_weights": mask.float(),
+        **source, "target_ids": ids, "target_mask": mask, "noise_mask": mask,
+        "loss_weights": mask.float(),
     }
     with torch.no_grad():
         loss = ar_loss(model, batch)

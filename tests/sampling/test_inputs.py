@@ -8,13 +8,14 @@ from tess.backbones.config import HybridConfig
 from tess.cli import default_checkpoint
 from tess.config import TessConfig
 from tess.decoders.load import load_decoder
-from tess.decoders.options import SamplerOptions
 from tess.denoiser import TessDenoiser
 from tess.errors import UserError
 from tess.length import quantile_lengths
 from tess.pipeline import TessPipeline
 from tess.sampling.candidates import choose_candidates
 from tess.sampling.guidance import Guidance
+from tess.sampling.options import SamplerOptions
+from tess.sampling.request import Request
 from tess.sampling.sources import derived_keys, example_keys
 from tess.schedulers.family import SAMPLERS
 from tess.schedulers.renoising import RenoisingScheduler
@@ -186,7 +187,8 @@ def test_the_canvas_is_the_heads_quantile_and_the_margin(tokenizer):
     pipeline = make(tokenizer, **settings)
     with torch.no_grad():  # around the source's length, whatever its state
         pipeline.denoiser.length_head.outer.weight *= 0.01
-    _, log_probs = pipeline._read(pipeline._sources(PROMPTS, None, False), with_lengths=True)
+    writer = pipeline._writer(SamplerOptions(), Request())
+    _, log_probs = writer.read(pipeline._sources(PROMPTS, None, False), with_lengths=True)
     expected = [min(n + 2, 24) for n in quantile_lengths(log_probs, 0.8).tolist()]
     assert run(pipeline).lengths == expected
     assert expected != [min(n + 2, 24) for n in quantile_lengths(log_probs, 0.5).tolist()]

@@ -9,7 +9,10 @@ from tess.config import TessConfig
 from tess.denoiser import TessDenoiser
 from tess.errors import UserError
 from tess.pipeline import TessPipeline
+from tess.sampling.options import SamplerOptions
+from tess.sampling.request import Request
 from tess.sampling.sources import derived_keys, example_keys
+from tess.sampling.writer import target_lengths
 from tess.schedulers.family import SAMPLERS
 from tess.schedulers.renoising import RenoisingScheduler
 from tess.schedulers.stopping import StoppingRule, text_mask
@@ -213,9 +216,10 @@ def test_one_guided_step_is_its_formula(tokenizer, form, sampler):
     run(pipeline, num_inference_steps=1, callback_on_step_end=keep,
         callback_on_step_end_tensor_inputs=["logits"])
     own = kept["logits"]
-    context = pipeline._empty(3, pipeline._read([[1, 2]])[0])
+    writer = pipeline._writer(SamplerOptions(), Request(num_inference_steps=1))
+    context = writer.empty(3, writer.read([[1, 2]])[0])
     inputs = pipeline._sources(PROMPTS, None, False)
-    lengths = pipeline.target_lengths(inputs, None)
+    lengths = target_lengths(pipeline.denoiser.config, inputs)
     seed = int(torch.randint(2**63 - 1, (), generator=torch.Generator().manual_seed(3)))
     sample = pipeline.scheduler.initial((3, max(lengths)), example_keys(inputs, seed))
     state = pipeline.denoiser(
@@ -342,14 +346,14 @@ def test_a_row_that_ends_leaves_the_blocks(tokenizer):
         ({"block_length": 4, "gen_length": 200}, "source positions"),
         ({"block_length": 4, "gen_length": 8, "return_trace": True}, "return_trace belongs to one"),
         ({"gen_length": [3, 4]}, "gen_length must be one number or 3, got 2"),
-        ({"gen_length": [3, 0, 2]}, "gen_length must be above 0, got 0"),
+        ({"gen_length": [3, 0, 2]}, "gen_length must be at least 1, got 0"),
         ({"guidance_form": "odds"}, "guidance_form must be one of logits, probabilities"),
         ({"reward_steps": 0}, "reward_steps must be at least 1, got 0"),
         ({"num_candidates": 0}, "num_candidates must be at least 1, got 0"),
         ({"num_candidates": 2, "choose_by": "luck"}, "choose_by must be one of"),
         ({"num_candidates": 2, "choose_by": "ar"}, "needs scorer"),
         ({"choose_by": "luck"}, "choose_by must be one of"),
-        ({"gen_length": 5.0}, "gen_length must be an integer or one per example, got 5.0"),
+        ({"gen_length": 5.0}, "gen_length must be an integer, got 5.0"),
         ({"fixed_tokens": [[1, -1]]}, r"must be an int64 tensor \[3, length\], got list"),
         ({"keys": torch.zeros(2, dtype=torch.long)}, r"keys must be \[3\], one per source"),
     ],

@@ -12,6 +12,7 @@ from tess.denoiser import TessDenoiser
 from tess.errors import UserError
 from tess.pipeline import TessPipeline, TessPipelineOutput
 from tess.sampling.sources import draw_seed, example_keys
+from tess.sampling.writer import target_lengths
 from tess.schedulers.renoising import RenoisingScheduler
 from tess.schedulers.simplex import NoisedSimplex
 from tess.text.tokenization import train_tokenizer
@@ -173,10 +174,10 @@ def test_output_is_cut_at_the_first_end_and_counts_evaluations(tokenizer):
 def test_canvas_length_follows_the_rule_of_each_example(tokenizer):
     pipeline = make(tokenizer)
     sources = [[1, *range(10, 10 + n), 2] for n in (1, 8, 30)]
-    assert pipeline.target_lengths(sources, None) == [6, 11, 24]  # ceil(.8 n) + 3, at most 24
-    assert pipeline.target_lengths(sources, 7) == [7, 7, 7]
-    plain = make(tokenizer, target_length_ratio=None)
-    assert plain.target_lengths(sources, None) == [24] * 3
+    config = pipeline.denoiser.config
+    assert target_lengths(config, sources) == [6, 11, 24]  # ceil(.8 n) + 3, at most 24
+    plain = make(tokenizer, target_length_ratio=None).denoiser.config
+    assert target_lengths(plain, sources) == [24] * 3
 
 
 def test_ids_may_stand_for_the_prompt_padded_or_not(tokenizer):
@@ -252,7 +253,8 @@ def test_callback_may_replace_tokens_and_sees_what_was_predicted(tokenizer):
         pipeline, PROMPTS[:2], callback_on_step_end=force,
         callback_on_step_end_tensor_inputs=names,
     )
-    lengths = pipeline.target_lengths(pipeline._sources(PROMPTS[:2], None, False), None)
+    sources = pipeline._sources(PROMPTS[:2], None, False)
+    lengths = target_lengths(pipeline.denoiser.config, sources)
     for row, length in zip(out.sequences, lengths):
         assert (row[:length] == 7).all()
 
@@ -375,7 +377,7 @@ def test_components_must_fit_each_other(tokenizer):
         ({"input_ids": [[1, 2], []]}, "row 1 of input_ids is empty"),
         ({"input_ids": [[1, 300, 2]]}, "token id 300 is outside the vocabulary"),
         ({"input_ids": torch.tensor([1, 2])}, r"must be \[batch, length\]"),
-        ({"prompt": "a", "gen_length": 0}, "gen_length must be above 0, got 0"),
+        ({"prompt": "a", "gen_length": 0}, "gen_length must be at least 1, got 0"),
         ({"prompt": "a", "gen_length": 25}, "gen_length must be at most 24"),
         ({"prompt": "a", "num_inference_steps": 0}, "num_inference_steps must be from 1 to 5000"),
         ({"prompt": "a", "num_inference_steps": 5001}, "from 1 to 5000.*got 5001"),
@@ -388,7 +390,7 @@ def test_components_must_fit_each_other(tokenizer):
         ({"prompt": "a", "output_type": "list"}, "output_type must be 'text' or 'seq'"),
         (
             {"prompt": "a", "callback_on_step_end_tensor_inputs": ["latents"]},
-            "may name token_ids, log_probs, entropies, hidden_state, logits, got latents",
+            "some of token_ids, log_probs, entropies, hidden_state, logits, got 'latents'",
         ),
     ],
 )

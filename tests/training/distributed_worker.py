@@ -26,11 +26,12 @@ from tess.backbones.feedforward import Router
 from tess.config import TessConfig
 from tess.denoiser import TessDenoiser
 from tess.schedulers.renoising import RenoisingScheduler
-from tess.training import losses, processes, run
+from tess.training import run
 from tess.training.losses import ar_loss, tess_loss
 from tess.training.settings import parse_settings
 from tess.training.sharding import full_state, load_full_state, shard, whole_copy
 from tess.training.trainer import TextTrainer
+from tess.training.update import Update, processes
 
 V, EOS = 64, 2
 SIZES = {
@@ -52,7 +53,7 @@ def watched_train(config: dict[str, Any], variant: str = "right") -> dict[str, A
     losses: by step. start, end, average: the weights before, after, and their average. loads: how
     many tokens each expert had before an update, of this process's rows.
     """
-    path = Path(config["output_dir"]).with_suffix(f".{processes.processes()[1]}.yaml")
+    path = Path(config["output_dir"]).with_suffix(f".{processes()[1]}.yaml")
     path.write_text(yaml.safe_dump(config))
     seen: dict[str, Any] = {"loads": []}
     make, save, balance = run.make_trainer, run.save_final, Router.balance
@@ -117,12 +118,20 @@ def buffers_of_the_first_process() -> Iterator[None]:
         yield
 
 
+def first_rows(update: Update, drawn: torch.Tensor, turn: int | None = None) -> torch.Tensor:
+    return drawn[..., : len(update.batches[update.turn if turn is None else turn]["target_ids"])]
+
+
+def means_of_means(update: Update, weights_of: Callable) -> torch.Tensor:
+    return torch.ones_like(weights_of(update.turn)) / len(update.batches)
+
+
 WRONG: dict[str, Callable[[], Any]] = {
     "right": nullcontext,
     "gradients not averaged": gradients_not_averaged,
     "the same rows": the_same_rows,
-    "the same draws": lambda: patch.object(losses, "own_rows", lambda f, count: f(count)),
-    "means of means": lambda: patch.object(losses, "mean_shares", torch.ones_like),
+    "the same draws": lambda: patch.object(Update, "own", first_rows),
+    "means of means": lambda: patch.object(Update, "mean_shares", means_of_means),
     "buffers of the first process": buffers_of_the_first_process,
 }
 
@@ -200,7 +209,7 @@ def sharded_result(make: Callable) -> dict[str, Any]:
     torch.manual_seed(0)
     model, loss_of = make()
     whole = copy.deepcopy(model).train()
-    batch, (size, index) = rows(4), processes.processes()
+    batch, (size, index) = rows(4), processes()
     with WRONG["the same draws"](), WRONG["means of means"]():  # which is right for one process
         want = steps(whole, loss_of, batch)
     shard(model.train(), torch.device("cpu"))
@@ -221,13 +230,13 @@ def main(folder: Path) -> None:
     for case in json.loads((folder / "cases.json").read_text()):
         if case.get("killed"):  # as if it had ended after its first checkpoint
             distributed.barrier()
-            if processes.processes()[1] == 0:
+            if processes()[1] == 0:
                 killed = Path(case["config"]["output_dir"])
                 shutil.rmtree(killed / "final")
                 shutil.rmtree(killed / case["killed"])
             distributed.barrier()
         results[case["name"]] = watched_train(case["config"], case.get("variant", "right"))
-    size, index = processes.processes()
+    size, index = processes()
     results["processes"] = size
     results["sharded"] = {name: sharded_result(make) for name, make in SHARDED.items()}
     torch.save(results, folder / f"results.{index}.pt")

@@ -16,6 +16,7 @@ from tess.schedulers.renoising import RenoisingScheduler
 from tess.training.losses import _later_times, sample_uniforms, tess_loss
 from tess.training.run import make_loss
 from tess.training.settings import parse_settings
+from tess.training.update import Update
 
 BOS, EOS, V = 1, 2, 40
 SIZES = {
@@ -143,7 +144,8 @@ def test_earlier_passes_are_at_later_times_that_fall_to_the_batch_s_own():
 def test_later_times_are_uniform_on_what_is_left(steps):
     torch.manual_seed(0)
     own_B = torch.tensor([0.0, 0.4, 0.9]).repeat(1000)
-    later = torch.stack(_later_times(own_B, steps))
+    update = Update([{"target_ids": own_B}])
+    later = torch.stack(_later_times(update, own_B, steps))
     assert later.shape == (steps, 3000) and (later[:-1] > later[1:]).all()
     found = ((later - own_B) / (1 - own_B)).flatten().sort().values
     even = (torch.arange(len(found)) + 0.5) / len(found)

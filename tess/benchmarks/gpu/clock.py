@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from tess.costs.roofline import Gpu
+from tess.costs.gpus import Gpu
 
 FLUSH_BYTES = 256 << 20  # more than the L2 cache of any GPU
 WARM_UPS = 2

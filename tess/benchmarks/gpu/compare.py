@@ -16,7 +16,7 @@ from tess.benchmarks.gpu.checks import BUILDERS, DTYPES, LIMITS, LOOSE, differen
 from tess.benchmarks.gpu.clock import Clock, Timing
 from tess.benchmarks.gpu.peers import Contender
 from tess.benchmarks.gpu.shapes import Shape
-from tess.costs.roofline import Gpu
+from tess.costs.gpus import Gpu
 from tess.errors import UserError
 
 OURS, PLAIN = "ours", "PyTorch path of ours"

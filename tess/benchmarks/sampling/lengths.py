@@ -8,6 +8,7 @@ from tess.benchmarks.sampling.report import TITLES, spread
 from tess.benchmarks.sampling.trials import Trials
 from tess.costs.machine import environment
 from tess.errors import UserError
+from tess.sampling.writer import target_lengths
 from tess.text.tokenization import encode_texts, target_layout
 
 CANVASES = ("predicted", "rule", "fixed", "gold")
@@ -78,7 +79,7 @@ def _write(
     pipeline = trials.pipeline
     lengths: list[int] | int | None = None  # the pipeline asks the length head
     if canvas == "rule":
-        lengths = pipeline.target_lengths(trials.rows, None)
+        lengths = target_lengths(pipeline.denoiser.config, trials.rows)
     elif canvas == "fixed":
         lengths = pipeline.denoiser.config.max_target_length
     elif canvas == "gold":

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-import datasets
-
 from tess.data.rows import Example
 from tess.errors import UserError
 
@@ -48,6 +46,8 @@ ALL_SPLITS = {"train": "train", "validation": "validation", "test": "test"}
 
 
 def load_hub(name: str, hub: HubDataset, split: str, limit: int | None) -> list[Example]:
+    import datasets  # takes a second, and the packaged rows do without
+
     try:
         table = datasets.load_dataset(
             hub.path, hub.config, split=hub.splits[split], revision=hub.revision

@@ -47,7 +47,10 @@ class HybridCache:
     several decoders can start from one cache without seeing each other.
     """
 
-    is_compileable = False  # asked by transformers' generate(): tensors grow with the sequence
+    # what transformers' generate() asks of a cache
+    is_compileable = False  # tensors grow with the sequence
+    is_croppable = False  # a Mamba state cannot go back; `advance` is the way
+    is_linear = (False,)  # it takes the positions that it has not read, not one at a time
 
     def __init__(self) -> None:
         self.layers: dict[int, MambaState | KeyValues] = {}

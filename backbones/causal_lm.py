@@ -9,14 +9,18 @@ from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
-    GenerationMixin,
     LogitsProcessorList,
     StoppingCriteriaList,
 )
 from transformers.generation import GenerationMode
-from transformers.utils import ModelOutput
 
 from tess.backbones.cache import HybridCache
+from tess.backbones.cache_names import (
+    GENERATION_NAME,
+    CachedGenerationMixin,
+    CachedOutput,
+    takes_either_name,
+)
 from tess.backbones.config import HybridConfig
 from tess.backbones.hybrid import HybridModel, HybridModelOutput, HybridPreTrainedModel
 from tess.backbones.mtp import MultiTokenPredictor
@@ -28,7 +32,7 @@ DRAFT_TOKENS = 3
 
 
 @dataclass
-class HybridCausalLMOutput(ModelOutput):
+class HybridCausalLMOutput(CachedOutput):
     """loss, logits and cache as in transformers.
 
     mtp_losses: per distance the mean cross-entropy of tokens further ahead, when asked for.
@@ -36,11 +40,11 @@ class HybridCausalLMOutput(ModelOutput):
 
     loss: Tensor | None = None
     logits: Tensor | None = None
-    past_key_values: HybridCache | None = None
+    cache: HybridCache | None = None
     mtp_losses: tuple[Tensor, ...] | None = None
 
 
-class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
+class HybridForCausalLM(HybridPreTrainedModel, CachedGenerationMixin):
     """Backbone and language-model head, and a multi-token predictor where the config has one.
 
     `generate()` is transformers', over the hybrid cache. With `use_mtp=True` the predictor drafts
@@ -65,11 +69,12 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         """Replace the head."""
         self.lm_head = value
 
+    @takes_either_name()
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values: HybridCache | None = None,
+        cache: HybridCache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool = False,
@@ -93,10 +98,10 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
             raise ValueError("mtp_depth needs input_ids and loss_weights")
         if loss_weights is not None and labels is not None:
             raise ValueError("loss_weights and labels exclude each other; got both")
-        if use_cache and past_key_values is None:
-            past_key_values = HybridCache()
-        out = self.backbone(input_ids, inputs_embeds, attention_mask, past_key_values)
-        cache = out.past_key_values if use_cache else None
+        if use_cache and cache is None:
+            cache = HybridCache()
+        out = self.backbone(input_ids, inputs_embeds, attention_mask, cache)
+        cache = cache if use_cache else None
         if loss_weights is not None:
             ahead = self.look_ahead(input_ids, self.mtp_input(out), attention_mask, mtp_depth)
             loss, *mtp_losses = (
@@ -175,8 +180,8 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args) -> None:
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
-        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = HybridCache()
+        if generation_config.use_cache and model_kwargs.get(GENERATION_NAME) is None:
+            model_kwargs[GENERATION_NAME] = HybridCache()
 
     def _prepare_generation_config(self, generation_config, **kwargs):
         places = (kwargs.get("num_assistant_tokens"), generation_config, self.generation_config)
@@ -209,6 +214,7 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         if config.use_cache is False:
             raise ValueError("use_mtp needs the cache; got use_cache=False")
 
+    @takes_either_name()
     def _assisted_decoding(
         self,
         input_ids: Tensor,
@@ -216,12 +222,12 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         stopping_criteria: StoppingCriteriaList,
         generation_config: GenerationConfig,
         streamer=None,
-        past_key_values: HybridCache | None = None,
+        cache: HybridCache | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         **unused,
     ) -> MtpGenerateOutput | Tensor:
-        if inputs_embeds is not None or (past_key_values and past_key_values.get_seq_length()):
+        if inputs_embeds is not None or (cache and cache.get_seq_length()):
             raise ValueError("use_mtp reads the prompt as input_ids, got embeddings or a cache")
         pad = generation_config._pad_token_tensor  # transformers falls back to the end token here
         out = decode_with_mtp(

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
+from tess.backbones.damage import fault_of
 from tess.backbones.pretrained import name_some, stays_float32
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -86,16 +87,24 @@ def load_checkpoint(
     reader.close()
     _initialise_new(model)
     model.tie_weights()
-    if model.can_generate() and (folder / GENERATION_FILE).is_file():
-        model.generation_config = _generation_config(folder)
+    if model.can_generate() and (settings := read_generation_config(folder)) is not None:
+        model.generation_config = settings
     return model.eval()
 
 
-def _generation_config(folder: Path) -> GenerationConfig:
+def read_generation_config(folder: Path) -> GenerationConfig | None:
+    """What is in the folder's generation_config.json, if there is one.
+
+    Raises:
+        ValueError: a file that cannot be read.
+    """
+    if not (folder / GENERATION_FILE).is_file():
+        return None
     try:
         return GenerationConfig.from_pretrained(folder)
     except Exception as error:  # transformers lets through whatever its reader stumbles over
-        reason = " ".join(str(error).split())
+        fault = fault_of(folder / GENERATION_FILE)
+        reason = f"it {fault}" if fault else " ".join(str(error).split())
         raise ValueError(
             f"{folder / GENERATION_FILE} holds no generation settings: {reason}"
         ) from error
@@ -107,8 +116,9 @@ def tensor_names(folder: str | Path) -> list[str]:
 
 
 def released_name(key: str) -> str:
-    """A tensor's name with the prefix that this project and the released files use."""
-    return f"backbone.{key.removeprefix('model.')}" if key.startswith("model.") else key
+    """A tensor's name as this project and most released files spell it."""
+    name = f"backbone.{key.removeprefix('model.')}" if key.startswith("model.") else key
+    return name.replace("backbone.embedding.", "backbone.embeddings.", 1)
 
 
 def split_experts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -208,8 +218,6 @@ def _files(folder: Path) -> dict[Path, set[str] | None]:
         if not single.is_file():
             raise ValueError(f"{folder} has no weights; expected {SINGLE_FILE} or {INDEX_FILE}")
         return {single: None}
-    if single.is_file():
-        raise ValueError(f"{folder} has both {SINGLE_FILE} and {INDEX_FILE}; expected one of them")
     try:
         weight_map = json.loads(index.read_text())["weight_map"]
         files: dict[Path, set[str] | None] = {}
@@ -218,7 +226,10 @@ def _files(folder: Path) -> dict[Path, set[str] | None]:
                 raise ValueError(f"{name!r} is no file of the folder itself")
             files.setdefault(folder / name, set()).add(key)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} is no index with a weight_map: {error}") from error
+        reason = fault_of(index) or f"is no index with a weight_map: {error}"
+        raise ValueError(f"{index} {reason}") from error
+    if single.is_file() and set(files) != {single}:
+        raise ValueError(f"{folder} has both {SINGLE_FILE} and {INDEX_FILE}; expected one of them")
     for file, keys in files.items():
         if not file.is_file():
             raise ValueError(
@@ -232,9 +243,8 @@ def _open(file: Path) -> Any:
         return safe_open(file, "pt")
     except (SafetensorError, OSError) as error:
         size = file.stat().st_size
-        raise ValueError(
-            f"{file} is truncated or no safetensors file ({size} bytes): {error}"
-        ) from error
+        fault = fault_of(file) or f"is truncated or no safetensors file ({size} bytes): {error}"
+        raise ValueError(f"{file} {fault}") from error
 
 
 # Filling the model

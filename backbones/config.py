@@ -1,6 +1,7 @@
 """Configuration of the hybrid backbone, with the field names of Nemotron-H's config.json."""
 
 import math
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -54,6 +55,8 @@ class HybridConfig(PreTrainedConfig):
         num_nextn_predict_layers: 1 when the checkpoint has a multi-token predictor (MTP), else 0.
         mtp_hybrid_override_pattern: the predictor's layers, in the same letters;
             `mtp_layers_block_type`, the list form, is accepted instead.
+        eos_after_source: the model was trained here, on sources that end with an end token before
+            the text goes on; a released one reads a prompt as it stands.
         mtp_after_norm_f: the predictor reads the backbone's state after the final norm (as
             Megatron-LM and vLLM do) or before it.
         mamba_direction: how Mamba layers read a block in denoise and prefix mode: "forward" (from
@@ -65,7 +68,7 @@ class HybridConfig(PreTrainedConfig):
     """
 
     model_type = "tess_hybrid"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
 
     vocab_size: int = 131072
     hidden_size: int = 4096
@@ -118,6 +121,7 @@ class HybridConfig(PreTrainedConfig):
     num_nextn_predict_layers: int = 0
     mtp_hybrid_override_pattern: str = "*E"
     mtp_after_norm_f: bool = True
+    eos_after_source: bool = True
 
     def __post_init__(self, **kwargs) -> None:
         kwargs.pop("model_type", None)  # a released file says "nemotron_h"; the class is what it is
@@ -135,7 +139,7 @@ class HybridConfig(PreTrainedConfig):
         self.time_step_limit = tuple(
             math.inf if limit > FLOAT32_MAX else float(limit) for limit in self.time_step_limit
         )
-        super().__post_init__(**kwargs)
+        super().__post_init__(**without_derived(self, kwargs))
         self._check()
         if depth not in (None, self.num_hidden_layers):
             raise ValueError(
@@ -235,3 +239,21 @@ def pattern_from_blocks(blocks: list[str]) -> str:
     if strange := sorted(set(blocks) - set(_LETTERS)):
         raise ValueError(f"layers_block_type has {strange}; blocks are {sorted(_LETTERS)}")
     return "".join(_LETTERS[block] for block in blocks)
+
+
+def without_derived(config: PreTrainedConfig, given: dict[str, Any]) -> dict[str, Any]:
+    """What is given for a config, without values that follow from its fields and agree with them.
+
+    Raises ValueError for one that does not agree: such a field cannot be set.
+    """
+    kept = {}
+    for name, value in given.items():
+        found = getattr(type(config), name, None)
+        if not isinstance(found, property) or found.fset is not None:
+            kept[name] = value
+        elif value != (own := getattr(config, name)):
+            raise ValueError(
+                f"{name} cannot be set: it follows from other fields, which make it {own!r}, got "
+                f"{value!r}"
+            )
+    return kept

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, initialization
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import MergeModulelist, WeightConverter
-from transformers.utils import ModelOutput
 
 from tess.backbones.block import HybridBlock, RMSNorm, run_layers
 from tess.backbones.cache import HybridCache, KeyValues, MambaInputs
+from tess.backbones.cache_names import CachedOutput, takes_either_name
 from tess.backbones.config import HybridConfig
 from tess.backbones.feedforward import Router, StackedExperts
 from tess.backbones.mamba import Mamba2Mixer
@@ -92,14 +92,14 @@ def init_hybrid_weights(module: nn.Module, config: HybridConfig) -> None:
 
 
 @dataclass
-class HybridModelOutput(ModelOutput):
+class HybridModelOutput(CachedOutput):
     """last_hidden_state: [B, L, H] after the final norm. pre_norm_state: [B, L, H] before it.
 
     record: of "verify" mode, else None; see `HybridCache.advance`.
     """
 
     last_hidden_state: Tensor | None = None
-    past_key_values: HybridCache | None = None
+    cache: HybridCache | None = None
     pre_norm_state: Tensor | None = None
     record: dict[int, MambaInputs | KeyValues] | None = None
 
@@ -125,12 +125,13 @@ class HybridModel(HybridPreTrainedModel):
         """Replace the token embedding."""
         self.embeddings = value
 
+    @takes_either_name()
     def forward(
         self,
         input_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values: HybridCache | None = None,
+        cache: HybridCache | None = None,
         mode: str = "causal",
     ) -> HybridModelOutput:
         """Run a block of positions.
@@ -140,7 +141,7 @@ class HybridModel(HybridPreTrainedModel):
             inputs_embeds: [B, L, H] embeddings.
             attention_mask: [B, L] (or [B, cached + L]), 1 at real positions. Blocks that enter a
                 cache are left-padded; a denoised block may be padded on either side.
-            past_key_values: the state so far.
+            cache: the state so far.
             mode: "causal" reads and extends the cache; "prefix" reads the block in both directions
                 and starts a cache from it; "denoise" reads the block in both directions after the
                 cached positions and leaves the cache as it is; "verify" reads it causally, leaves
@@ -153,8 +154,8 @@ class HybridModel(HybridPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         hidden = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        hidden, context = run_layers(self.layers, hidden, attention_mask, past_key_values, mode)
-        return HybridModelOutput(self.norm_f(hidden), past_key_values, hidden, context.record)
+        hidden, context = run_layers(self.layers, hidden, attention_mask, cache, mode)
+        return HybridModelOutput(self.norm_f(hidden), cache, hidden, context.record)
 
 
 AutoConfig.register(HybridConfig.model_type, HybridConfig)

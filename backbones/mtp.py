@@ -41,7 +41,7 @@ class MultiTokenPredictor(nn.Module):
         embeds_BLH: Tensor,
         state_BLH: Tensor,
         attention_mask: Tensor | None = None,
-        past_key_values: HybridCache | None = None,
+        cache: HybridCache | None = None,
     ) -> Tensor:
         """States [B, L, H] that predict the token after the given ones; the head comes after.
 
@@ -49,11 +49,11 @@ class MultiTokenPredictor(nn.Module):
             embeds_BLH: word embeddings of the tokens x_(t+1).
             state_BLH: for the first prediction the backbone's h_t, else this module's own output.
             attention_mask: [B, L], 1 at real positions, left-padded.
-            past_key_values: this module's own cache, read and extended.
+            cache: this module's own cache, read and extended.
         """
         first = self.layers[0]
         joined = torch.cat([first.enorm(embeds_BLH), first.hnorm(state_BLH)], dim=-1)
         hidden, _ = run_layers(
-            self.layers, first.eh_proj(joined), attention_mask, past_key_values, "causal"
+            self.layers, first.eh_proj(joined), attention_mask, cache, "causal"
         )
         return self.layers[-1].final_layernorm(hidden)

@@ -8,13 +8,16 @@ from transformers.utils import logging
 
 NAMES_SHOWN = 5
 
-KEPT_IN_FLOAT32 = ["e_score_correction_bias", "A_log", "dt_bias", "mixer.D"]
+KEPT_IN_FLOAT32 = ["gate.weight", "e_score_correction_bias", "A_log", "dt_bias", "mixer.D"]
 """Name parts of what stays float32 in memory whatever the weights are: step sizes and decays are
-exponentiated, and released router biases differ by less than bfloat16 can hold."""
+exponentiated, released router biases differ by less than bfloat16 can hold, and a step of training
+that rounds router weights changes which experts are chosen."""
 
 
 class StrictPreTrainedModel(PreTrainedModel):
     """A `PreTrainedModel` whose checkpoints must fit exactly."""
+
+    _skip_keys_device_placement = ["cache", "past_key_values"]
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:

@@ -6,7 +6,9 @@ the result.
 """
 
 import json
-from collections.abc import Callable, Iterator
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,13 +27,19 @@ from tess.backbones.checkpoint import (
     tensor_names,
 )
 from tess.backbones.config import HybridConfig
+from tess.backbones.damage import fault_of
 from tess.backbones.layouts import EXPERT_LAYOUTS
 from tess.backbones.pretrained import stays_float32
 
 MODEL_TYPE = "nemotron_h"
+_MTP_LAYER = re.compile(r"mtp\.layers\.(\d+)\.")
 MAX_SHARD_BYTES = 5_000_000_000
 
 _OURS_ALONE = ("mamba_direction", "mtp_after_norm_f")  # the released layout has no such fields
+_LAYERS = {"hybrid_override_pattern", "layers_block_type", "layer_types"}
+_MAY_BE_NULL = _LAYERS | {
+    "mtp_hybrid_override_pattern", "mtp_layers_block_type", "num_nextn_predict_layers",
+}
 _HISTORY = ("_name_or_path", "architectures", "dtype", "transformers_version", "model_type")
 
 
@@ -47,7 +55,8 @@ def read_released_config(folder: str | Path) -> HybridConfig:
     try:  # transformers' reader knows every way to write infinity
         fields, _ = HybridConfig.get_config_dict(folder)
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no JSON object: {' '.join(str(error).split())}") from error
+        reason = fault_of(path) or f"is no JSON object: {' '.join(str(error).split())}"
+        raise ValueError(f"{path} {reason}") from error
     if not isinstance(fields, dict):
         raise ValueError(f"{path} is no JSON object, but a {type(fields).__name__}")
     if fields.get("model_type") != MODEL_TYPE:
@@ -56,6 +65,17 @@ def read_released_config(folder: str | Path) -> HybridConfig:
     if "dtype" not in fields and "torch_dtype" in fields:
         fields["dtype"] = fields.pop("torch_dtype")
     fields.pop("auto_map", None)  # names remote code, which is not used
+    fields.setdefault("eos_after_source", False)  # only what was trained here says that
+    for name in _MAY_BE_NULL:
+        if fields.get(name, 0) is None:
+            del fields[name]
+    if not _LAYERS & set(fields):
+        raise ValueError(f"{path} names no layers; expected {' or '.join(sorted(_LAYERS))}")
+    # readers trust what follows over these two: the pattern, and the tensors (`mtp_blocks`)
+    fields.pop("num_hidden_layers", None)
+    blocks = fields.get("num_nextn_predict_layers")
+    if isinstance(blocks, int) and blocks > 1:
+        fields["num_nextn_predict_layers"] = 1
     try:
         return HybridConfig(**fields)
     except (StrictDataclassError, TypeError, ValueError) as error:
@@ -71,11 +91,13 @@ def load_released(
 ) -> HybridForCausalLM:
     """Read a released folder straight into a model on `device`, in `dtype` (None: the stored one).
 
-    `mtp=False` leaves a multi-token predictor out, and reads folders whose config names one but
-    whose files lost it, as those that transformers saves.
+    Whether there is a multi-token predictor, the files say, not the config's count. `mtp=False`
+    leaves it out, and reads folders whose config names one but whose files lost it, as those that
+    transformers saves.
 
     Raises:
-        ValueError: quantized weights; see `read_released_config` and `load_checkpoint` too.
+        ValueError: quantized weights, or more than one block of a predictor; see
+            `read_released_config` and `load_checkpoint` too.
     """
     config = read_released_config(folder)
     if method := getattr(config, "quantization_config", None):
@@ -85,17 +107,28 @@ def load_released(
     names = tensor_names(folder)
     # readers of this layout do not tie, whatever the field says; without a stored head we must
     config.tie_word_embeddings = config.tie_word_embeddings and "lm_head.weight" not in names
-    if not mtp:
-        config.num_nextn_predict_layers = 0
-    elif config.num_nextn_predict_layers and not any(name.startswith("mtp.") for name in names):
+    blocks = mtp_blocks(config, names) if mtp else 0
+    if mtp and config.num_nextn_predict_layers and not blocks:
         raise ValueError(
             f"{folder} has no mtp.* tensors, though num_nextn_predict_layers in its config.json is "
-            "1 (transformers drops them when it saves); read it with mtp=False"
+            "1 or more (transformers drops them when it saves); read it with mtp=False"
         )
+    if blocks > 1:
+        raise ValueError(
+            f"{folder} has {blocks} blocks of mtp.* tensors, and one can be used; read it with "
+            "mtp=False"
+        )
+    config.num_nextn_predict_layers = blocks
     return load_checkpoint(
         HybridForCausalLM, config, folder, dtype=dtype, device=device,
         leaves_out=lambda name: not mtp and name.startswith("mtp."),
     )
+
+
+def mtp_blocks(config: HybridConfig, names: Iterable[str]) -> int:
+    """Blocks of a multi-token predictor among a folder's tensors; each repeats the pattern."""
+    layers = [int(index[1]) for name in names if (index := _MTP_LAYER.match(name))]
+    return math.ceil((max(layers, default=-1) + 1) / len(config.mtp_hybrid_override_pattern))
 
 
 def save_released(
@@ -152,6 +185,8 @@ def released_fields(config: HybridConfig, dtype: torch.dtype) -> dict[str, Any]:
     fields["tie_word_embeddings"] = False
     for name in (*_OURS_ALONE, *_HISTORY):
         fields.pop(name, None)
+    if not config.eos_after_source:  # as in every release
+        del fields["eos_after_source"]
     return {
         "architectures": ["NemotronHForCausalLM"],
         "model_type": MODEL_TYPE,

@@ -148,7 +148,7 @@ class _Rounds:
     def start(self, input_ids: Tensor, attention_mask: Tensor | None) -> None:
         """Read the prompt and write the first token."""
         out = self.model.backbone(
-            input_ids, attention_mask=attention_mask, past_key_values=self.cache
+            input_ids, attention_mask=attention_mask, cache=self.cache
         )
         logits_AV = self._logits(out.last_hidden_state[:, -1])
         token_A, _ = self._choose(logits_AV, self.texts.rows)
@@ -162,7 +162,7 @@ class _Rounds:
         drafts_AK, draft_probs = self._draft()
         last_A1 = self.unread_ids[:, -1:]
         block_AL = torch.cat([last_A1, drafts_AK], dim=1)
-        out = self.model.backbone(block_AL, past_key_values=self.cache, mode="verify")
+        out = self.model.backbone(block_AL, cache=self.cache, mode="verify")
         counts_A, next_A = self._check(drafts_AK, draft_probs, out.last_hidden_state)
         self.cache.advance(out.record, counts_A + 1)
 

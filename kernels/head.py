@@ -152,14 +152,14 @@ def _sweep_slabs(
     slab_bytes: int,
 ) -> list[SweepOutput]:
     width = len(head)
-    rows = _whole_groups(slab_rows(width, slab_bytes) - ROW_GROUP + 1)
-    most = min(rows, _whole_groups(len(hidden_TH)))
+    rows = whole_groups(slab_rows(width, slab_bytes) - ROW_GROUP + 1)
+    most = min(rows, whole_groups(len(hidden_TH)))
     slabs = [hidden_TH.new_empty(most, width, dtype=torch.float32) for _ in range(2)]
     parts = []
     for start in range(0, len(hidden_TH), rows):
         hidden_RH = hidden_TH[start : start + rows].to(head.dtype)
         draw_R = None if uniform_T is None else uniform_T[start : start + rows]
-        used = [slab_RV[: _whole_groups(len(hidden_RH))] for slab_RV in slabs]
+        used = [slab_RV[: whole_groups(len(hidden_RH))] for slab_RV in slabs]
         parts.append(_sweep_slab(hidden_RH, head, table, used, start, draw_R, rule))
     return parts
 
@@ -176,7 +176,7 @@ def choose_slab_bytes(slab_bytes: int | None, like: Tensor, triton: bool) -> int
     return DEVICE_SLAB_BYTES if triton and like.device.type == "cuda" else SLAB_BYTES
 
 
-def _whole_groups(rows: int) -> int:
+def whole_groups(rows: int) -> int:
     """The number of rows rounded up to whole groups, at least one."""
     return ROW_GROUP * max(1, -(-rows // ROW_GROUP))
 
@@ -238,7 +238,7 @@ def _sweep_slab(
 ) -> SweepOutput:
     """The outputs of one slab's rows; `slabs` are workspace for their logits and probabilities.
 
-    The workspace has the rows of `_whole_groups`, and those that are too many hold zeros' logits.
+    The workspace has the rows of `whole_groups`, and those that are too many hold zeros' logits.
     """
     rows = len(hidden_RH)
     padded_RH = F.pad(hidden_RH, (0, 0, 0, len(slabs[0]) - rows))
@@ -270,7 +270,7 @@ def _choose(
 ) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
     """Tokens [R, 1], and the likeliest [R, M] with their probabilities; the logits stay."""
     if rule.processors is not None:
-        logits_RV = _processed(rule.processors, start, logits_RV)
+        logits_RV = processed(rule.processors, start, logits_RV)
         top_R1 = first_argmax(logits_RV)[:, None]
         if rule.num_likeliest is not None or (rule.choose == "sample" and rule.temperature == 1):
             probs_RV = logits_RV.softmax(dim=-1)
@@ -293,7 +293,11 @@ def likeliest_ids(logits_RV: Tensor, num_likeliest: int) -> Tensor:
     return logits_RV.topk(min(num_likeliest, logits_RV.shape[1]), dim=-1).indices
 
 
-def _processed(processors: Processors, start: int, logits_RV: Tensor) -> Tensor:
+def processed(processors: Processors, start: int, logits_RV: Tensor) -> Tensor:
+    """The logits [R, V] that the processors make of a copy, in float32.
+
+    Raises ValueError for another shape, and for a row without a token or with NaN.
+    """
     out_RV = processors(start, logits_RV.clone())
     if out_RV.shape != logits_RV.shape:
         raise ValueError(

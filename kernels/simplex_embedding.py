@@ -141,11 +141,11 @@ def _sampled(weight_VH: Tensor, rows: Rows, num_top: int, moments: EmbeddingMome
         from tess.kernels.triton.simplex_embedding import simplex_embedding as run
 
         return run(weight_VH, rows, num_top, moments)
-    tokens = _draw_tokens(rows, len(weight_VH), num_top)
+    tokens = draw_tokens(rows, len(weight_VH), num_top)
     return _SampledEmbedding.apply(weight_VH, rows, *tokens, moments)
 
 
-def _draw_tokens(rows: Rows, vocabulary: int, num_top: int) -> tuple[Tensor, TokenWeights]:
+def draw_tokens(rows: Rows, vocabulary: int, num_top: int) -> tuple[Tensor, TokenWeights]:
     """Ids [R, J] and weights of the true token and the top ones, some rows at a time."""
     values = DRAWN_VALUES if rows.ids_R.device.type == "cpu" else DEVICE_DRAWN_VALUES
     step = max(1, values // (num_top * SLAB_ROWS)) * SLAB_ROWS

@@ -2,11 +2,13 @@
 
 # B examples, L positions, V vocabulary, N sampling steps
 
+import inspect
 import math
 import reprlib
 from collections.abc import Sequence
 from numbers import Integral, Real
-from typing import Literal
+from types import NoneType
+from typing import Literal, get_args
 
 import torch
 from diffusers import ConfigMixin, SchedulerMixin
@@ -21,6 +23,18 @@ from tess.schedulers.recoverability import (
 from tess.schedulers.simplex import NoisedSimplex, Simplex, check_noise, dense_logits
 
 SPACINGS = ("recoverability", "uniform")
+
+MOST_TRAIN_TIMESTEPS = 10**6
+"""Tables have an entry for each."""
+
+KINDS = {
+    int: (Integral, "an integer"),
+    float: (Real, "a number"),
+    str: (str, "a string"),
+    bool: (bool, "true or false"),
+    NoneType: (NoneType, "null"),
+}
+"""What a setting's annotation takes, and how messages say it."""
 
 TIME_TOLERANCE = 1e-6
 """Two times of a grid closer than this are one: float32 has 6e-8 at 1."""
@@ -70,15 +84,26 @@ class SimplexScheduler(SchedulerMixin, ConfigMixin):
     def _set_up(self) -> None:
         """Check the shared settings, which are in the config, and start without timesteps."""
         config = self.config
+        for name, parameter in inspect.signature(type(self).__init__).parameters.items():
+            if name not in ("self", "simplex_value"):  # which is looked at below
+                _check_type(name, config[name], parameter.annotation)
         if config.vocab_size is None or config.vocab_size < 2:
             raise ValueError(
                 "the scheduler needs vocab_size, the number of tokens of the simplex (at least 2), "
                 f"got {config.vocab_size}; a scheduler_config.json from before has none: add it "
                 "there"
             )
-        if config.num_train_timesteps < 1:
+        if not 1 <= config.num_train_timesteps <= MOST_TRAIN_TIMESTEPS:
             raise ValueError(
-                f"num_train_timesteps must be at least 1, got {config.num_train_timesteps}"
+                f"num_train_timesteps must be from 1 to {MOST_TRAIN_TIMESTEPS:,}, got "
+                f"{config.num_train_timesteps}"
+            )
+        if not 0 <= config.cosine_s < math.inf:
+            raise ValueError(f"cosine_s must be at least 0 and finite, got {config.cosine_s}")
+        if not 0 <= config.beta_start <= config.beta_end < 1:
+            raise ValueError(
+                "beta_start and beta_end must rise within [0, 1), got "
+                f"{config.beta_start} and {config.beta_end}"
             )
         value = resolve_simplex_value(config.simplex_value, config.vocab_size)
         self.register_to_config(simplex_value=value)
@@ -249,6 +274,18 @@ class SimplexScheduler(SchedulerMixin, ConfigMixin):
         if not float(gap_N[index]) <= TIME_TOLERANCE:
             raise ValueError(f"timestep {float(timestep)} is not one of the {len(gap_N)} timesteps")
         return index
+
+
+def _check_type(name: str, value: object, annotation: type) -> None:
+    """Raises ValueError for a setting of another type; a bool is no number here."""
+    kinds = [KINDS[kind] for kind in get_args(annotation) or (annotation,)]
+    fits = any(
+        isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+        for kind, _ in kinds
+    )
+    if not fits:
+        expected = " or ".join(said for _, said in kinds)
+        raise ValueError(f"{name} must be {expected}, got {value!r}")
 
 
 def resolve_simplex_value(simplex_value: float | str, vocab_size: int) -> float:

@@ -53,21 +53,6 @@ def recoverability(alpha_bar: Tensor | float, vocab_size: int) -> Tensor:
     return log_below.exp() @ (-points_Q.square() / 2).softmax(dim=0)
 
 
-def time_of_recoverability(
-    probability: Tensor | float, alpha_bar_function: Callable[[Tensor], Tensor], vocab_size: int
-) -> Tensor:
-    """The latest time in [0, 1] whose recoverability is at least `probability`, by bisection.
-
-    alpha_bar_function: times [...] in float64 to signal shares, falling from 1 at time 0.
-    Returns float64 in the shape of probability. What pure noise reaches by chance has time 1.
-    Raises ValueError for probabilities outside [0, 1].
-    """
-    wanted = torch.as_tensor(probability, dtype=torch.float64)
-    if not ((wanted >= 0) & (wanted <= 1)).all():
-        raise ValueError("probability must be in [0, 1]")
-    return _latest(lambda t: recoverability(alpha_bar_function(t), vocab_size), wanted)
-
-
 def recoverability_grid(
     num_steps: int,
     alpha_bar_function: Callable[[Tensor], Tensor],

@@ -3,7 +3,6 @@
 # B examples, L positions, V vocabulary, M likeliest tokens
 
 from dataclasses import dataclass, replace
-from numbers import Integral
 from typing import Literal
 
 from diffusers.utils import BaseOutput
@@ -62,8 +61,8 @@ class SoftScheduler(SimplexScheduler):
         if kind not in PREDICTION_TYPES:
             known = ", ".join(PREDICTION_TYPES)
             raise ValueError(f"prediction_type must be one of {known}, got {kind!r}")
-        if not isinstance(number, Integral) or number < 1:
-            raise ValueError(f"num_soft_tokens must be an integer of at least 1, got {number!r}")
+        if number < 1:
+            raise ValueError(f"num_soft_tokens must be at least 1, got {number}")
         if kind == "sample" and self.reads == "soft_tokens":
             raise ValueError(
                 'prediction_type="sample" gives the whole simplex: take noise="dense" with it, got '

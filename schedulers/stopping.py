@@ -3,6 +3,7 @@
 # B examples, L positions
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
 
@@ -87,10 +88,12 @@ class StoppingState:
         return replace(self, text_ids=self.text_ids[rows], repeats=self.repeats[rows])
 
 
-def text_mask(token_ids: Tensor, target_mask: Tensor, eos_token_id: int | None) -> Tensor:
-    """[B, L] bool: positions of the canvas up to the first `</s>`, which is one of them."""
+def text_mask(
+    token_ids: Tensor, target_mask: Tensor, eos_token_id: int | Sequence[int] | None
+) -> Tensor:
+    """[B, L] bool: positions of the canvas up to the first end token, which is one of them."""
     inside_BL = target_mask.bool()
     if eos_token_id is None:
         return inside_BL
-    is_end_BL = (token_ids == eos_token_id) & inside_BL
+    is_end_BL = torch.isin(token_ids, token_ids.new_tensor(eos_token_id)) & inside_BL
     return inside_BL & (is_end_BL.cumsum(dim=1) - is_end_BL.long() == 0)

@@ -27,7 +27,6 @@ def spellings(day: date) -> list[str]:
         f"{day:%B} {day.day}, {day.year}",
         f"{day:%b} {ordinal(day.day)} {day.year}",
         f"the {ordinal(day.day)} of {day:%B}, {day.year}",
-        f"{day:%A}, {day.day} {day:%B} {day.year}",
     ]
 
 

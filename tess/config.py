@@ -5,7 +5,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from tess.backbones.config import HybridConfig
+from tess.backbones.config import HybridConfig, without_derived
 from tess.schedulers.base import resolve_simplex_value
 
 SOURCE_ENCODINGS = ("causal", "bidirectional", "joint")
@@ -56,6 +56,8 @@ class TessConfig(PreTrainedConfig):
         target_length_ratio, target_length_margin: without a head it is ceil(ratio * source length)
             + margin, at most max_target_length; ratio None always takes max_target_length.
         max_source_length, max_target_length: tokens, bos and eos included.
+        source_drop_probability: share of training examples with an empty source, without which
+            guidance has nothing to compare with; None: not noted.
 
     Raises:
         ValueError: an unknown setting, or two that exclude each other.
@@ -82,6 +84,7 @@ class TessConfig(PreTrainedConfig):
     target_length_margin: int = 0
     max_source_length: int = 256
     max_target_length: int = 128
+    source_drop_probability: float | int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.backbone_config is None:
@@ -91,7 +94,7 @@ class TessConfig(PreTrainedConfig):
         if self.self_conditioning is not None and self.self_conditioning_mix is None:
             joins = self.self_conditioning in CONCATENATING or self.deepmind_conditional
             self.self_conditioning_mix = "embeddings" if joins else "probabilities"
-        super().__post_init__(**kwargs)
+        super().__post_init__(**without_derived(self, kwargs))
         self.simplex_value = resolve_simplex_value(self.simplex_value, self.vocab_size)
         # Not a setting here: the backbone's own field decides, and the base class has one too.
         self.tie_word_embeddings = self.backbone_config.tie_word_embeddings

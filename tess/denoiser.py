@@ -94,7 +94,7 @@ class TessDenoiser(StrictPreTrainedModel):
         self.length_head = None
         if config.length_head:
             self.length_head = LengthHead(width, config.max_target_length)
-        self._moments = MomentsCache()
+        self.moments = MomentsCache()
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -141,7 +141,7 @@ class TessDenoiser(StrictPreTrainedModel):
         last_BH = self.backbone(
             inputs_embeds=self._embed_source(source_ids, source_mask, columns),
             attention_mask=mask,
-            past_key_values=cache,
+            cache=cache,
             mode="causal" if self.config.source_encoding == "causal" else "prefix",
         ).last_hidden_state[:, -1]
         if self.config.label_shift and mask is not None:  # a source of one token beside longer ones
@@ -207,7 +207,7 @@ class TessDenoiser(StrictPreTrainedModel):
         hidden_BLH = self.backbone(
             inputs_embeds=block_BNH,
             attention_mask=block_mask_BN,
-            past_key_values=cache,
+            cache=cache,
             mode="denoise",
         ).last_hidden_state[:, first : first + length]
         if labels is None:
@@ -240,7 +240,7 @@ class TessDenoiser(StrictPreTrainedModel):
         self.backbone(
             inputs_embeds=self._embed_source(source_ids, source_mask, columns),
             attention_mask=source_mask[:, columns],
-            past_key_values=cache,
+            cache=cache,
             mode="causal",
         )
 
@@ -398,7 +398,7 @@ class TessDenoiser(StrictPreTrainedModel):
         simplex = DenseSimplex(sample) if isinstance(sample, Tensor) else sample
         clean_BLH = None if clean_ids is None else self.backbone.embeddings(clean_ids)
         noised_BL = None if noise_mask is None else noise_mask.bool()
-        moments = self._moments.of(weight_VH) if simplex.needs_moments else None
+        moments = self.moments.of(weight_VH) if simplex.needs_moments else None
         hidden_BLH = self.self_conditioning(
             simplex, previous, weight_VH, clean_BLH, noised_BL, moments
         )

@@ -2,6 +2,8 @@
 
 # B examples, H hidden, N lengths (1 .. N tokens, `</s>` included), K mixture components
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -108,11 +110,13 @@ def length_loss(
     return (losses_B * included_B).sum() / included_B.sum().clamp(min=1)
 
 
-def text_lengths(target_ids_BL: Tensor, eos_token_id: int) -> tuple[Tensor, Tensor]:
-    """Tokens [B] up to the first `</s>`, it included, and whether there is one [B] bool.
+def text_lengths(
+    target_ids_BL: Tensor, eos_token_id: int | Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Tokens [B] up to the first end token, it included, and whether there is one [B] bool.
 
     A text that goes on beyond the canvas has no known length (0 here).
     """
-    ends_BL = target_ids_BL == eos_token_id
+    ends_BL = torch.isin(target_ids_BL, target_ids_BL.new_tensor(eos_token_id))
     ended_B = ends_BL.any(dim=1)
     return (ends_BL.long().argmax(dim=1) + 1) * ended_B, ended_B

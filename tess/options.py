@@ -5,10 +5,13 @@ import codecs
 import contextlib
 import difflib
 import json
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import field
+from numbers import Integral
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin
 
 import yaml
 
@@ -29,6 +32,27 @@ def option(default: Any, help: str, **more: Any) -> Any:
     return field(default=default, metadata={"help": help, **more})
 
 
+def check_count(name: str, value: Any, most: float = math.inf) -> None:
+    """Raises UserError for what is no whole number from 1 to `most`."""
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise UserError(f"{name} must be an integer, got {value!r}")
+    if value < 1:
+        raise UserError(f"{name} must be at least 1, got {value}")
+    if value > most:
+        raise UserError(f"{name} must be at most {most:,}, got {value}")
+
+
+def check_seed(seed: int) -> int:
+    """The seed itself.
+
+    Raises:
+        UserError: no integer, or one that torch's generators do not take.
+    """
+    if not isinstance(seed, int) or isinstance(seed, bool) or not -(2**63) <= seed < 2**64:
+        raise UserError(f"a seed must be an integer from -2^63 to 2^64 - 1, got {seed!r}")
+    return seed
+
+
 def known_keys(given: Mapping[Any, Any], known: Collection[str], where: str) -> None:
     """Raises UserError, with near matches, for a key that is not among `known`."""
     for key in given:
@@ -38,12 +62,44 @@ def known_keys(given: Mapping[Any, Any], known: Collection[str], where: str) -> 
             raise UserError(f"{where}: there is no key {key!r}; {hint}")
 
 
-def typed(value: Any, kind: type, what: str) -> Any:
-    """The value as `kind`; an int is a float too, a bool is no int.
+def values_of(kinds: Mapping[str, Any], given: Any, where: str) -> dict[str, Any]:
+    """The values of a mapping from a file, each of the type that `kinds` has for its key.
+
+    Null is left out: the default holds.
 
     Raises:
-        UserError: another type.
+        UserError: no mapping, an unknown key (with near matches), or a value of another type.
     """
+    known_keys(_typed(given, Mapping, where), kinds, where)
+    return {
+        key: _typed(value, kinds[key], f"{where}: {key}")
+        for key, value in given.items()
+        if value is not None
+    }
+
+
+def _typed(value: Any, kind: Any, what: str) -> Any:
+    """The value as the type of a field; an int is a float too, a bool is no int.
+
+    Written out, as huggingface_hub's `strict` checks no frozen dataclass, knows no mapping, takes
+    no int for a float, and prints two causes for `int | None`.
+    """
+    origin, inner = get_origin(kind) or kind, get_args(kind)
+    if kind is Any:
+        return value
+    if origin is UnionType:
+        return _typed(value, inner[0], what)
+    if origin in (list, tuple):
+        if not isinstance(value, list):
+            raise UserError(f"{what} must be a list, got {value!r}")
+        items = [_typed(item, inner[0], what) for item in value]
+        if origin is tuple and len(set(items)) < len(items):
+            raise UserError(f"{what} has a value twice: {items}")
+        return origin(items)
+    if origin is Mapping:
+        if not isinstance(value, dict):
+            raise UserError(f"{what} must be a mapping of settings, got {value!r}")
+        return value
     fits = isinstance(value, (int, float) if kind is float else kind)
     if not fits or (isinstance(value, bool) and kind is not bool):
         raise UserError(f"{what} must be of type {kind.__name__}, got {value!r}")

@@ -2,6 +2,7 @@
 
 # B examples, N candidates of each, S source positions, L target positions, V vocabulary, H hidden
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +14,7 @@ from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import BaseOutput
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, SuppressTokensLogitsProcessor
 
 from tess.config import TessConfig
 from tess.denoiser import TessDenoiser
@@ -31,8 +32,18 @@ from tess.sampling.writer import Writer, check_batch, check_canvas, target_lengt
 from tess.schedulers import family  # noqa: F401  diffusers loads components from imported modules
 from tess.schedulers.base import SimplexScheduler
 from tess.schedulers.stopping import text_mask
+from tess.text.alphabet import warn_of_strange_texts
+from tess.text.end_tokens import end_tokens
 from tess.text.padding import right_mask
-from tess.text.tokenization import check_tokenizer, cut_sources, decode, encode_sources
+from tess.text.tokenization import (
+    cut_sources,
+    decode,
+    encode_sources,
+    fit_tokenizer,
+    surplus_ids,
+)
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_INFERENCE_STEPS = 16
 """Or the scheduler's training steps, where these are fewer."""
@@ -86,10 +97,10 @@ class TessPipeline(DiffusionPipeline):
         tokenizer: PreTrainedTokenizerBase,
     ) -> None:
         super().__init__()
-        check_tokenizer(tokenizer, denoiser.config.vocab_size)
+        fit_tokenizer(tokenizer, denoiser.config.backbone_config)
         check_scheduler(scheduler, denoiser.config)
         self.register_modules(denoiser=denoiser, scheduler=scheduler, tokenizer=tokenizer)
-        self._interrupt, self._num_timesteps = False, 0
+        self._interrupt, self._num_timesteps, self._warned = False, 0, False
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> "TessPipeline":
@@ -248,6 +259,7 @@ class TessPipeline(DiffusionPipeline):
             raise UserError("pass at most one of num_inference_steps and timesteps")
         if timesteps is None and steps is None:
             steps = self.default_num_inference_steps
+        self._warn_of_guidance(options)
         scheduler.set_timesteps(steps, device=device, timesteps=timesteps)
         self._num_timesteps = len(scheduler.timesteps)
         self._interrupt = False
@@ -255,15 +267,33 @@ class TessPipeline(DiffusionPipeline):
             denoiser=self.denoiser,
             scheduler=scheduler,
             bos_token_id=self.tokenizer.bos_token_id,
-            eos_token_id=self.tokenizer.eos_token_id,
+            eos_token_id=end_tokens(self.tokenizer),
             pad_token_id=self.tokenizer.pad_token_id,
             device=device,
-            settings=SamplingSettings.of(options, request, self.tokenizer),
+            settings=SamplingSettings.of(
+                options, request, self.tokenizer, self._never_written(device)
+            ),
             progress=self.progress_bar,
             on_step=self._hook(scheduler, *on_step),
             interrupted=lambda: self.interrupt,
             **watched,
         )
+
+    def _never_written(self, device: torch.device) -> list[SuppressTokensLogitsProcessor]:
+        """Keeps out the rows of the embedding that are no token."""
+        surplus = surplus_ids(self.tokenizer, self.denoiser.config.vocab_size)
+        return [SuppressTokensLogitsProcessor(surplus, device=device)] if surplus else []
+
+    def _warn_of_guidance(self, options: SamplerOptions) -> None:
+        """Once: guidance that a model has not learned."""
+        learned = self.denoiser.config.source_drop_probability
+        if options.guidance_scale > 1 and not learned and not self._warned:
+            self._warned = True
+            said = "does not say that it was" if learned is None else "was not"
+            logger.warning(
+                "guidance_scale %g compares with the empty source, and this model %s trained on "
+                "it (--source_drop_probability above 0)", options.guidance_scale, said,
+            )
 
     def _hook(
         self,
@@ -301,6 +331,7 @@ class TessPipeline(DiffusionPipeline):
                     f"prompt must be a string or a list of strings, got {type(strange[0]).__name__}"
                 )
             rows = encode_sources(self.tokenizer, prompts, longest, strict)
+            warn_of_strange_texts(self.tokenizer, prompts)
         else:
             rows = id_rows(input_ids, self.tokenizer, self.denoiser.config.vocab_size)
             rows = cut_sources(rows, longest, strict)
@@ -379,7 +410,7 @@ class TessPipeline(DiffusionPipeline):
         return_dict: bool,
     ) -> TessPipelineOutput | tuple[Tensor, list[str] | None, list[int]]:
         """The chosen texts, without what follows their ends."""
-        inside = text_mask(written.token_ids, right_mask(lengths), self.tokenizer.eos_token_id)
+        inside = text_mask(written.token_ids, right_mask(lengths), end_tokens(self.tokenizer))
         sequences = written.token_ids.masked_fill(~inside, self.tokenizer.pad_token_id)
         candidates, nfe, count = None, written.nfe, options.num_candidates
         if count > 1:

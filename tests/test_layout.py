@@ -43,7 +43,7 @@ ROOMS = {
     "costs": {"text", *MODEL, "storage"},
     "decoders": {"text", "sampling", "pipeline", "storage", "costs.decoding"},
     "training": {"text", "data", *MODEL, "sampling", "pipeline", "storage", "decoders"},
-    "evaluation": {"text", "data", "metrics", "costs.machine", "storage.files"},
+    "evaluation": {"text", "data", "metrics", "costs.machine", "storage.files", "storage.kept"},
 }
 BELOW = {"cli", *ROOMS}
 ROOMS |= {"comparison": BELOW, "benchmarks": BELOW}
@@ -127,6 +127,15 @@ def test_side_folder_is_linked_and_has_no_init(name):
     )
 
 
+def test_no_test_depends_on_the_clock():
+    """A busy machine fails none: no test reads a time, or gives up after one."""
+    clocks = {"perf_counter", "perf_counter_ns", "monotonic", "process_time", "time_ns"}
+    for file in python_files("tests"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            assert getattr(node, "attr", None) not in clocks, file
+            assert not isinstance(node, ast.keyword) or node.arg != "timeout", file
+
+
 def test_tests_are_no_package():
     assert not list((ROOT / "tests").rglob("__init__.py"))
 
@@ -140,6 +149,24 @@ def test_every_python_folder_is_packaged():
     }
     found |= {".".join(file.parent.relative_to(ROOT).parts) for file in python_files("tess")}
     assert set(listed) == found
+
+
+def test_every_other_file_of_a_package_is_package_data():
+    """Or a wheel would lack it."""
+    data = PROJECT["tool"]["setuptools"]["package-data"]
+    listed = {
+        file
+        for package, patterns in data.items()
+        for pattern in patterns
+        for file in ROOT.joinpath(*package.split(".")).glob(pattern)
+    }
+    found = {
+        file
+        for folder in ("tess", *SIDE_FOLDERS)
+        for file in (ROOT / folder).rglob("*")
+        if file.is_file() and file.suffix not in (".py", ".pyc")
+    }
+    assert found == listed and ROOT / "tess" / "trace" / "page.html" in found
 
 
 @pytest.mark.parametrize("folder", MAY_IMPORT)
@@ -236,6 +263,7 @@ def test_a_room_says_what_it_is_for_and_names_its_files(folder):
     assert len(tree.body) == 1 and (text := ast.get_docstring(tree))
     head, *lines = text.split("\n")
     files = {file.stem for file in folder.glob("*.py")} - {"__init__"}
+    files |= {file.name for file in folder.glob("*.*") if file.suffix != ".py"}
     rooms = {f"{inner.parent.name}/" for inner in folder.glob("*/__init__.py")}
     assert head.endswith(".") and lines[0] == ""
     assert [line.split(maxsplit=1)[0] for line in lines[1:]] == list(
@@ -246,12 +274,19 @@ def test_a_room_says_what_it_is_for_and_names_its_files(folder):
 
 def test_no_file_reaches_through_a_wall():
     """No private name of another file, no logger silenced by its name, no path by counting up."""
-    for file in python_files("tess"):
-        tree = ast.parse(file.read_text())
-        for node in ast.walk(tree):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tess"):
-                private = [alias.name for alias in node.names if alias.name.startswith("_")]
-                assert not private, f"{file} imports {private}"
+    for file in [file for folder in ("tess", *SIDE_FOLDERS) for file in python_files(folder)]:
+        nodes = list(ast.walk(ast.parse(file.read_text())))
+        ours = [n for n in nodes if isinstance(n, ast.ImportFrom) and n.module.startswith("tess")]
+        names = [alias for node in ours for alias in node.names]
+        private = [alias.name for alias in names if alias.name.startswith("_")]
+        bound = {alias.asname or alias.name for alias in names}
+        private += [
+            ast.unparse(node)
+            for node in nodes
+            if isinstance(node, ast.Attribute) and re.match(r"_[^_]", node.attr)
+            and isinstance(node.value, ast.Name) and node.value.id in bound
+        ]
+        assert not private, f"{file} uses {private}"
         assert 'getLogger("tess.' not in file.read_text(), file
         assert "parents[" not in file.read_text(), file
 

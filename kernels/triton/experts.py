@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from tess.kernels.triton.grouped_matmul import expert_up, hidden_gradient, rows_to_slots
-from tess.kernels.triton.token_sort import SortedPairs, sort_by_expert
-from tess.kernels.triton.weight_gradient import weight_gradient
+from tess.kernels.triton.experts_grouped_matmul import expert_up, hidden_gradient, rows_to_slots
+from tess.kernels.triton.experts_token_sort import SortedPairs, sort_by_expert
+from tess.kernels.triton.experts_weight_gradient import weight_gradient
 
 
 def experts_forward(
@@ -32,7 +32,7 @@ def experts_hidden_gradient(
     dout_TD: Tensor, weights_TS: Tensor, down_EDF: Tensor, hidden_NF: Tensor, order_N: Tensor,
     ends_E: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `grouped_matmul.hidden_gradient`."""
+    """As `experts_grouped_matmul.hidden_gradient`."""
     pairs = SortedPairs(order_N, ends_E, weights_TS.shape[1])
     return hidden_gradient(dout_TD, down_EDF, weights_TS, hidden_NF, pairs)
 
@@ -48,7 +48,7 @@ def experts_input_gradient(
 def experts_weight_gradient(
     left: Tensor, right: Tensor, order_N: Tensor, ends_E: Tensor, top_k: int, gather_left: bool
 ) -> Tensor:
-    """As `weight_gradient.weight_gradient`."""
+    """As `experts_weight_gradient.weight_gradient`."""
     pairs = SortedPairs(order_N, ends_E, top_k)
     return weight_gradient(left, right, pairs, gather_left=gather_left)
 

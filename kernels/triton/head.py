@@ -203,14 +203,14 @@ def vocabulary_sweep(
     head: in the products' dtype, which the slab has too.
     """
     most = public.slab_rows(len(head_VH), slab_bytes, head_VH.element_size())
-    rows = public._whole_groups(most - public.ROW_GROUP + 1)
-    height = min(rows, public._whole_groups(len(hidden_TH)))
+    rows = public.whole_groups(most - public.ROW_GROUP + 1)
+    height = min(rows, public.whole_groups(len(hidden_TH)))
     slab_RV = head_VH.new_empty(height, len(head_VH))
     parts = []
     for start in range(0, len(hidden_TH), rows):
         hidden_RH = hidden_TH[start : start + rows].to(head_VH.dtype)
         draw_R = None if uniform_T is None else uniform_T[start : start + rows]
-        used_RV = slab_RV[: public._whole_groups(len(hidden_RH))]
+        used_RV = slab_RV[: public.whole_groups(len(hidden_RH))]
         parts.append(_sweep_slab(hidden_RH, head_VH, table_VG, used_RV, start, draw_R, rule))
     return parts
 
@@ -224,7 +224,7 @@ def _sweep_slab(
     logits_RV, probs = slab_RV[:rows], table_VG is not None
     processed_RV = logits_RV
     if rule.processors is not None:
-        processed_RV = public._processed(rule.processors, start, logits_RV.float())
+        processed_RV = public.processed(rule.processors, start, logits_RV.float())
     likeliest = _likeliest(processed_RV, rule)  # before the logits are used up
     tokens_R = _chosen(processed_RV, draw_R, rule)
     choice = rule.choose if tokens_R is None else "given"

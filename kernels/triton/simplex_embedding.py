@@ -19,10 +19,10 @@ from torch import Tensor
 from tess.kernels import random
 from tess.kernels import simplex_embedding as public
 from tess.kernels.order_statistics import EmbeddingMoments, maths_dtype
-from tess.kernels.triton.embedding_gradient import embedding_gradient
 from tess.kernels.triton.launch import Config, Table, dot_precision, launch, wide_type
 from tess.kernels.triton.order_statistics import can_draw, draw_tokens
 from tess.kernels.triton.random import normal_at, normal_tile
+from tess.kernels.triton.simplex_embedding_gradient import embedding_gradient
 
 WORKSPACE_BYTES = 64 << 20  # of normals and their products
 NARROW = 512  # up to this width one warp takes a row
@@ -264,7 +264,7 @@ def simplex_embedding(
         fields = (*place, rows.ids_R, rows.gap_R, rows.sigma_R)
         ids_RJ, *tokens = draw_tokens(*fields, rows.counter, vocabulary, num_top)
     else:
-        ids_RJ, tokens = public._draw_tokens(rows, vocabulary, num_top)
+        ids_RJ, tokens = public.draw_tokens(rows, vocabulary, num_top)
         ids_RJ = ids_RJ.int()
     weights_RJ, share_R, spread_R = tokens
     # the sum over all rows gives every token its share, so these tokens get the rest

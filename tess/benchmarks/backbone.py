@@ -4,7 +4,7 @@ Letters: B batch, L length, H heads, P head width, G groups, N state width.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -30,17 +30,11 @@ CHUNK_OURS = 64
 # transformers' default, which the released checkpoints keep, and what is faster on a CPU
 CHUNK_RIVAL, CHUNK_RIVAL_FAST = 128, 64
 BLOCK = 64  # tokens denoised at once
-PARTS = ("model", "scan", "wide", "block")
 DTYPES = (torch.float32, torch.bfloat16)
 
 
 def benchmark_backbone(
-    pattern: str = "M*E-",
-    length: int = 512,
-    batch: int = 1,
-    repeats: int = 15,
-    seed: int = 0,
-    parts: tuple[str, ...] = PARTS,
+    pattern: str, length: int, batch: int, repeats: int, seed: int, parts: Sequence[str]
 ) -> dict[str, Any]:
     """Our backbone against transformers' Nemotron-H with the same weights.
 
@@ -235,13 +229,13 @@ def _block_rows(pattern: str, length: int, batch: int, repeats: int) -> list[dic
     for dtype in DTYPES:
         with _autocast(dtype):
             cache = HybridCache()
-            ours(input_ids=ids[:, :length], past_key_values=cache, mode="prefix")
+            ours(input_ids=ids[:, :length], cache=cache, mode="prefix")
             again = lambda: _hidden(rival, ids)  # noqa: E731
             times = time_turns(
                 {
                     "ours": lambda: ours(
                         input_ids=ids[:, length:],
-                        past_key_values=cache,  # noqa: B023
+                        cache=cache,  # noqa: B023
                         mode="denoise",
                     ),
                     "rival": rival_at(CHUNK_RIVAL, again),
@@ -279,30 +273,3 @@ def _row(
         "products_share": None if products is None else products["ratio"],
         "difference": difference,
     }
-
-
-def format_table(result: dict[str, Any]) -> str:
-    """The rows as a Markdown table under a line that says what was measured."""
-    env, difference = result["environment"], result["relative_difference"]
-    lines = [
-        f"{result['benchmark']}: pattern {result['pattern']}, hidden {result['hidden_size']} "
-        f"(wide: {HIDDEN_1024['hidden_size']}), {result['batch']} x {result['length']} tokens, "
-        f"rival {result['rival']} with chunks of {CHUNK_RIVAL} and of {CHUNK_RIVAL_FAST}; "
-        f"torch {env['torch']}, transformers {env['transformers']}, {env['threads']} threads, "
-        f"{env['processor']}, {env['date']}"
-        + ("" if difference is None else f"; outputs differ by {difference:.1e}"),
-        "",
-        f"| part | what | dtype | ours ms | rival ms | ratio (quartiles) | {CHUNK_RIVAL_FAST}: "
-        "ratio (quartiles) | bare products / ours | runs |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in result["rows"]:
-        share = row["products_share"]
-        lines.append(
-            f"| {row['part']} | {row['what']} | {row['dtype']} | {row['ours_ms']:.1f} | "
-            f"{row['rival_ms']:.1f} | "
-            f"{row['ratio']:.2f} ({row['ratio_q1']:.2f}-{row['ratio_q3']:.2f}) | "
-            f"{row['fast_ratio']:.2f} ({row['fast_ratio_q1']:.2f}-{row['fast_ratio_q3']:.2f}) | "
-            f"{'' if share is None else format(share, '.2f')} | {row['pairs']} |"
-        )
-    return "\n".join(lines)

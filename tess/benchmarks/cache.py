@@ -27,7 +27,6 @@ from tess.self_conditioning import Prediction
 PATTERN = "M*-EM*-E"
 VOCABULARY = 4_096
 SYSTEMS = ("cached", "encoded", "joint")
-GOAL = {"source": 1_024, "target": 128, "ratio": 4.0}
 
 
 def benchmark_cache(
@@ -37,7 +36,7 @@ def benchmark_cache(
     steps: Sequence[int] = (8, 16),
     repeats: int = 7,
     seed: int = 0,
-    checkpoint: Path | None = None,
+    checkpoint: str | Path | None = None,
 ) -> dict[str, Any]:
     """Time a step of the three systems in turn, at every source length and batch size.
 
@@ -199,54 +198,3 @@ def _generation(times: dict[str, list[float]], steps: int) -> dict[str, float]:
     figures: dict[str, float] = {"steps": steps, "cached_ms": statistics.median(ours)}
     figures |= _ratios(ours, whole["encoded"], "")
     return figures | _ratios(ours, whole["joint"], "joint_")
-
-
-def format_cache(result: dict[str, Any]) -> str:
-    """The figures as a Markdown table under one line that says what was measured."""
-    env = result["environment"]
-    steps = [str(one["steps"]) for one in result["rows"][0]["generations"]]
-    lines = [
-        f"cache: one denoising step with the source cached, encoded in every step, and with source "
-        f'and target as one sequence; "hidden {result["hidden_size"]}" is pattern '
-        f"{result['pattern']}, vocabulary {result['vocab_size']}, "
-        f"{result['parameters'] / 1e6:.1f} M random parameters; float32, seed {result['seed']}; "
-        f"torch {env['torch']}, {env['threads']} threads, {env['processor']}, {env['date']}; "
-        f"{result['rows'][0]['pairs']} turns, ratios with quartiles",
-        "",
-        "| model | source | target | batch | cached, ms | encoded, ms | ratio | joint, ms | "
-        "ratio | "
-        + "".join(f"{number} steps, ratio | to joint | " for number in steps)
-        + "cache, MB |",
-        "|---|" + "---:|" * (9 + 2 * len(steps)),
-    ]
-    for row in result["rows"]:
-        whole = "".join(
-            f"{one['ratio']:.2f} | {one['joint_ratio']:.2f} | " for one in row["generations"]
-        )
-        lines.append(
-            f"| {row['model']} | {row['source']} | {row['target']} | {row['batch']} | "
-            f"{row['cached_ms']:.1f} | {row['encoded_ms']:.1f} | {_cell(row, '')} | "
-            f"{row['joint_ms']:.1f} | {_cell(row, 'joint_')} | {whole}"
-            f"{row['cache_bytes'] / 1e6:.2f} |"
-        )
-    return "\n".join([*lines, *_goal_lines(result)])
-
-
-def _cell(row: dict[str, Any], prefix: str) -> str:
-    low, high = row[f"{prefix}ratio_q1"], row[f"{prefix}ratio_q3"]
-    return f"{row[f'{prefix}ratio']:.2f} ({low:.2f}–{high:.2f})"
-
-
-def _goal_lines(result: dict[str, Any]) -> list[str]:
-    """Whether a step at the goal's shape is as much faster as it should be."""
-    wanted = (GOAL["source"], GOAL["target"])
-    ratios = [row["ratio"] for row in result["rows"] if (row["source"], row["target"]) == wanted]
-    if not ratios:
-        return []
-    met = "met" if min(ratios) >= GOAL["ratio"] else "missed"
-    found = ", ".join(f"{ratio:.2f}" for ratio in ratios)
-    return [
-        "",
-        f"goal: at {wanted[0]} source and {wanted[1]} target tokens at least {GOAL['ratio']:g} "
-        f"times faster; {found}: {met}",
-    ]

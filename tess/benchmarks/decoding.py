@@ -20,6 +20,7 @@ from tess.data.tasks.catalog import load_task
 from tess.decoders.autoregressive import ArDecoder
 from tess.decoders.load import load_decoder
 from tess.errors import UserError
+from tess.text.end_tokens import end_tokens, through_end
 from tess.text.padding import pad_left
 
 TASK = "simplification"
@@ -28,7 +29,7 @@ Writes = Callable[[Tensor, Tensor], tuple[list[list[int]], dict[str, int]]]
 
 
 def benchmark_decoding(
-    checkpoint: Path,
+    checkpoint: str | Path,
     *,
     rows: int = 200,
     batch_sizes: Sequence[int] = (1, 8),
@@ -182,15 +183,14 @@ def _options(decoder: Any, ids: Tensor, mask: Tensor) -> dict[str, Any]:
         "attention_mask": mask,
         "max_new_tokens": _most_tokens(decoder.model),
         "pad_token_id": decoder.tokenizer.pad_token_id,
-        "eos_token_id": decoder.tokenizer.eos_token_id,
+        "eos_token_id": list(end_tokens(decoder.tokenizer)),
         "do_sample": False,
     }
 
 
 def _new_tokens(decoder: Any, sequences: Tensor, width: int) -> list[list[int]]:
-    eos = decoder.tokenizer.eos_token_id
-    rows = sequences[:, width:].tolist()
-    return [row[: row.index(eos) + 1] if eos in row else row for row in rows]
+    ends = end_tokens(decoder.tokenizer)
+    return [through_end(row, ends) for row in sequences[:, width:].tolist()]
 
 
 def _plain(decoder: Any, ids: Tensor, mask: Tensor) -> tuple[list[list[int]], dict[str, int]]:
@@ -213,30 +213,3 @@ def _drafted(
         "drafted": int(out.num_drafted.sum()),
         "accepted": int(out.num_accepted.sum()),
     }
-
-
-def format_decoding(result: dict[str, Any]) -> str:
-    """The figures as a Markdown table under one line that says what was measured."""
-    env = result["environment"]
-
-    def cell(value: float | None, digits: int = 2) -> str:
-        return "–" if value is None else f"{value:.{digits}f}"
-
-    lines = [
-        f"decoding: greedy, {result['sources']} packaged sources, {result['checkpoint']} "
-        f"({result['parameters'] / 1e6:.1f} M parameters), {result['dtype']}, best of "
-        f"{result['repeats']}; torch {env['torch']}, transformers {env['transformers']}, "
-        f"{env['threads']} threads, {env['processor']}, {env['date']}",
-        "",
-        "| batch | system | ms per token | speed of ar = 1 | texts equal to ar's | "
-        "acceptance length | drafts that stay | tokens per evaluation |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in result["rows"]:
-        lines.append(
-            f"| {row['batch_size']} | {row['system']} | {cell(row['ms_per_token'])} | "
-            f"{cell(row['speedup'])} | {row['equal_texts']} of {result['sources']} | "
-            f"{cell(row['acceptance_length'])} | {cell(row['accepted_share'])} | "
-            f"{cell(row['tokens_per_forward'])} |"
-        )
-    return "\n".join(lines)

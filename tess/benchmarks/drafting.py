@@ -11,8 +11,9 @@ from typing import Any
 from tess.benchmarks.decoding import packaged_sources
 from tess.benchmarks.turns import checkpoint_label
 from tess.costs.machine import environment
-from tess.decoders.base import DECODERS, Decoder, Generation
+from tess.decoders.base import Decoder, Generation
 from tess.decoders.load import load_decoder
+from tess.decoders.options import DECODERS
 from tess.decoders.verified import DraftVerifyDecoder
 
 Batches = list[list[list[int]]]
@@ -31,7 +32,7 @@ class _System:
 
 
 def benchmark_drafting(
-    checkpoint: Path,
+    checkpoint: str | Path,
     *,
     rows: int = 200,
     num_inference_steps: Sequence[int] = (1, 4, 8, 16),
@@ -154,35 +155,3 @@ def _figures(
         "ms_per_token": 1e3 * sum(times.values()) / tokens,
         "speedup": statistics.median(plain_times[index] / times[index] for index in times),
     }
-
-
-def format_drafting(result: dict[str, Any]) -> str:
-    """The figures as a Markdown table under one line that says what was measured."""
-    env, sizes = result["environment"], result["parameters"]
-
-    def cell(value: float | None, digits: int = 2) -> str:
-        return "–" if value is None else f"{value:.{digits}f}"
-
-    lines = [
-        f"drafting: greedy, {result['sources']} packaged sources, {result['checkpoint']} "
-        f"({sizes['tess'] / 1e6:.1f} M and {sizes['ar'] / 1e6:.1f} M parameters), "
-        f"{result['dtype']}, best of {result['repeats']}; torch {env['torch']}, "
-        f"{env['threads']} threads, {env['processor']}, {env['date']}",
-        "",
-        "| batch | system | texts equal to ar's | diffusion evaluations per text | AR evaluations "
-        "per text | tokens per AR evaluation | first draft: accepted tokens, mean (median) | "
-        "drafts that stay | ms per token | speed of ar = 1 |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in result["rows"]:
-        name, first = row["system"], "–"
-        if row["redraft"] is not None:
-            name += f", {row['num_inference_steps']} steps, redraft {row['redraft']}"
-            first = f"{row['first_accepted_mean']:.1f} ({row['first_accepted_median']:g})"
-        lines.append(
-            f"| {row['batch_size']} | {name} | {row['equal_texts']} of {row['rows']} | "
-            f"{cell(row['diffusion_evaluations'])} | {cell(row['ar_evaluations'])} | "
-            f"{cell(row['tokens_per_ar_evaluation'])} | {first} | {cell(row['accepted_share'])} | "
-            f"{cell(row['ms_per_token'])} | {cell(row['speedup'])} |"
-        )
-    return "\n".join(lines)

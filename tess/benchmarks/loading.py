@@ -22,20 +22,18 @@ import torch
 from transformers import NemotronHForCausalLM
 from transformers.utils import logging
 from tess.backbones.released import load_released
+from tess.costs.machine import forget_resident_peak, resident_peak
 logging.set_verbosity_error()
 logging.disable_progress_bar()
 torch.ones(64, 64) @ torch.ones(64, 64)
-def peak():
-    lines = open("/proc/self/status").read().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-open("/proc/self/clear_refs", "w").write("5")  # the peak so far, of the imports, is forgotten
-before, start = peak(), time.perf_counter()
+forget_resident_peak()  # that of the imports
+before, start = resident_peak(), time.perf_counter()
 if sys.argv[1] == "ours":
     model = load_released(sys.argv[2])
 else:
     model = NemotronHForCausalLM.from_pretrained(sys.argv[2], dtype=torch.bfloat16)
 seconds = time.perf_counter() - start
-print(json.dumps({"peak": peak() - before, "seconds": seconds}))
+print(json.dumps({"peak": resident_peak() - before, "seconds": seconds}))
 """
 
 
@@ -74,22 +72,3 @@ def benchmark_loading(megabytes: int = 400, shard_megabytes: int = 100) -> dict[
         "rows": rows,
         "environment": environment(),
     }
-
-
-def format_loading(result: dict[str, Any]) -> str:
-    """The figures as a Markdown table under one line that says what was measured."""
-    env = result["environment"]
-    lines = [
-        f"loading: {result['tensor_bytes'] / 1e6:.0f} MB of bfloat16 tensors in {result['shards']} "
-        f"shards, one tensor per expert; torch {env['torch']}, transformers "
-        f"{env['transformers']}, {env['processor']}, {env['date']}",
-        "",
-        "| system | peak memory, MB | of the tensors' size | seconds |",
-        "|---|---|---|---|",
-    ]
-    for row in result["rows"]:
-        lines.append(
-            f"| {row['system']} | {row['peak'] / 1e6:.0f} | {row['peak_share']:.2f} | "
-            f"{row['seconds']:.2f} |"
-        )
-    return "\n".join(lines)

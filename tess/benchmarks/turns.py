@@ -17,9 +17,11 @@ HIDDEN_256 = {
 }
 
 
-def checkpoint_label(path: Path) -> str:
-    """From the root of the repository where it lies in there, or else its own name only."""
-    path = path.resolve()
+def checkpoint_label(checkpoint: str | Path) -> str:
+    """From the root of the repository where it lies in there, or else its own name only; a hub id
+    as it is."""
+    if not (path := Path(checkpoint).resolve()).exists():
+        return str(checkpoint)
     return str(path.relative_to(CHECKOUT)) if path.is_relative_to(CHECKOUT) else path.name
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from tess.backbones.config import HybridConfig
 from tess.benchmarks.turns import HIDDEN_256, time_pairs
 from tess.config import TessConfig
-from tess.costs.machine import environment
+from tess.costs.machine import environment, forget_resident_peak, resident_peak
 from tess.denoiser import TessDenoiser
 from tess.kernels.order_statistics import MomentsCache, embedding_moments
 from tess.kernels.simplex_embedding import simplex_embedding
@@ -32,7 +32,6 @@ from tess.self_conditioning import Prediction
 from tess.training.losses import sample_uniforms, tess_loss
 
 SYSTEMS = ("ours", "rival", "official")
-PARTS = ("embedding", "training", "denoising")
 PATTERN = "M*-EM*-E"
 BATCH, LENGTH, SOURCE, WIDTH = 8, 128, 64, 256
 TOPS = (16, 32, 64)
@@ -41,8 +40,8 @@ DENSE_ROWS = 256
 
 
 def benchmark_vocabulary(
-    vocab_sizes: Sequence[int] = (8_192, 32_768, 131_072),
-    parts: Sequence[str] = PARTS,
+    vocab_sizes: Sequence[int],
+    parts: Sequence[str],
     repeats: int = 5,
     dtype: str = "float32",
     seed: int = 0,
@@ -155,7 +154,7 @@ class _Model:
         return whole
 
     def _training_ours(self) -> Tensor:
-        self.denoiser._moments = MomentsCache()  # as after an optimizer's step
+        self.denoiser.moments = MomentsCache()  # as after an optimizer's step
         return tess_loss(
             self.denoiser, self.scheduler, self.batch, self_conditioning_probability=1.0
         )
@@ -311,72 +310,7 @@ def measure_peak(part: str, system: str, vocab_size: int, dtype: str, seed: int)
         for parameter in model.denoiser.parameters():
             parameter.grad = torch.zeros_like(parameter)
 
-    def highest() -> int:
-        lines = open("/proc/self/status").read().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # the peak so far is forgotten
-    before = highest()
+    forget_resident_peak()
+    before = resident_peak()
     model.run(part, system)()
-    print(json.dumps(highest() - before))
-
-
-# ---- the table ----
-
-
-def format_vocabulary(result: dict[str, Any]) -> str:
-    """The figures as Markdown tables under one line that says what was measured."""
-    env = result["environment"]
-    lines = [
-        f"vocabulary: {result['batch']} x {result['length']} target positions after "
-        f"{result['source']} source tokens, pattern {result['pattern']}, hidden "
-        f"{result['hidden_size']}, {result['dtype']} (embedding: float32), rival "
-        f"{result['rival']}; torch {env['torch']}, {env['threads']} threads, {env['processor']}, "
-        f"{env['date']}",
-    ]
-    for part in PARTS:
-        rows = [row for row in result["rows"] if row["part"] == part]
-        if rows:
-            lines += ["", *(_embedding_table if part == "embedding" else _step_table)(part, rows)]
-    return "\n".join(lines)
-
-
-def _embedding_table(part: str, rows: list[dict[str, Any]]) -> list[str]:
-    lines = [
-        "| embedding, V | K | ours, us per position | rival | ratio (quartiles) |",
-        "|---|---|---|---|---|",
-    ]
-    for row in rows:
-        lines.append(
-            f"| {row['vocab_size']} | {row['num_top']} | {row['ours_us']:.1f} | "
-            f"{row['rival_us']:.0f} | {_ratio(row)} |"
-        )
-    return lines
-
-
-def _step_table(part: str, rows: list[dict[str, Any]]) -> list[str]:
-    lines = [
-        f"| {part} step, V | ours, ms | rival, ms | ratio (quartiles) | official, ms | ratio | "
-        "ours, peak MB | rival | ratio | official | ratio | two head products, ms | "
-        "ours / products |",
-        "|---" * 13 + "|",
-    ]
-    for row in rows:
-        cells = [str(row["vocab_size"]), f"{row['ours_ms']:.0f}", f"{row['rival_ms']:.0f}"]
-        cells += [_ratio(row), f"{row['official_ms']:.0f}", f"{row['official_ratio']:.2f}"]
-        if row["peak_ratio"] is None:
-            cells += ["-"] * 5
-        else:
-            cells += [f"{row['ours_peak'] / 1e6:.0f}", f"{row['rival_peak'] / 1e6:.0f}"]
-            cells += [f"{row['peak_ratio']:.1f}", f"{row['official_peak'] / 1e6:.0f}"]
-            cells.append(f"{row['official_peak_ratio']:.1f}")
-        products = ["-"] * 2
-        if "products_ms" in row:
-            products = [f"{row['products_ms']:.0f}", f"{row['of_products']:.2f}"]
-        lines.append("| " + " | ".join([*cells, *products]) + " |")
-    return lines
-
-
-def _ratio(row: dict[str, Any]) -> str:
-    return f"{row['ratio']:.2f} ({row['ratio_q1']:.2f}-{row['ratio_q3']:.2f})"
+    print(json.dumps(resident_peak() - before))

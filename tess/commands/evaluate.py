@@ -7,9 +7,10 @@ Writes report.json (keys: docs/evaluation.md), report.md and predictions.jsonl. 
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import fields
 
 from tess.cli import Parser, default_checkpoint, run
-from tess.data.rows import load_rows
+from tess.data.rows import Example, load_rows
 from tess.data.tasks.catalog import DEFAULT_DATASET, TASKS, load_task
 from tess.decoders.options import add_sampler_flags, sampler_options
 from tess.errors import UserError
@@ -51,53 +52,65 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
-    checkpoint = args.checkpoint or default_checkpoint()
-    if args.data:
-        if args.split or args.dataset:
-            raise UserError("--split and --dataset go with --task, not with --data")
-        examples = load_rows(args.data, args.source_column, args.target_column)
-        data = {"file": args.data, "task": None, "dataset": None, "split": None}
-    else:
-        split, dataset = args.split or "test", args.dataset or DEFAULT_DATASET
-        examples = load_task(args.task, split, dataset, args.limit)
-        data = {"file": None, "task": args.task, "dataset": dataset, "split": split}
     if args.bertscore and not args.protocol:
         raise UserError("--bertscore goes with --protocol")
+    checkpoint = args.checkpoint or default_checkpoint()
+    examples, data = _rows(args)
 
-    from tess.decoders.load import load_decoder
+    from tess.decoders.diffusion import TessDecoder
+    from tess.decoders.load import find_checkpoints, load_decoder
     from tess.evaluation import run as evaluation
     from tess.evaluation.page import summary
+    from tess.evaluation.partial import PARTIAL
     from tess.metrics.bertscore import BertScore
     from tess.storage.files import prepare_output_dir
+    from tess.storage.hub import local_folder
+    from tess.storage.kept import digest_folder
 
-    bertscore = BertScore(args.bertscore) if args.bertscore else None
+    settings = evaluation.Settings(
+        **{item.name: getattr(args, item.name) for item in fields(evaluation.Settings)}
+    )
+    found = find_checkpoints(local_folder(checkpoint))
+    name = args.decoder or next(iter(found), None)
+    if args.gold_length and name not in (None, TessDecoder.name):
+        raise UserError(f"--gold_length is of the canvas of tess, and this decoder is {name}")
     folder = prepare_output_dir(args.output_dir)
+    decoder = load_decoder(
+        checkpoint,
+        args.decoder,
+        num_draft_tokens=args.num_draft_tokens,
+        options=sampler_options(args),
+        num_beams=args.num_beams,
+        length_penalty=args.length_penalty,
+    )
     result = evaluation.evaluate(
-        load_decoder(
-            checkpoint,
-            args.decoder,
-            num_draft_tokens=args.num_draft_tokens,
-            options=sampler_options(args),
-            num_beams=args.num_beams,
-            length_penalty=args.length_penalty,
-        ),
+        decoder,
         examples,
+        settings,
         checkpoint=str(checkpoint),
         data=data,
-        num_inference_steps=args.num_inference_steps,
-        gen_length=args.gen_length,
-        gold_length=args.gold_length,
-        seed=args.seed,
-        batch_size=args.batch_size,
-        limit=args.limit,
         progress=True,
-        strict=args.strict,
-        protocol=args.protocol,
-        bertscore=bertscore,
+        bertscore=BertScore(args.bertscore) if args.bertscore else None,
+        partial=folder / PARTIAL,
+        weights={kind: digest_folder(path) for kind, path in found.items()},
     )
+    if result.num_kept:
+        print(f"went on after {result.num_kept} texts of an evaluation that did not end")
     paths = evaluation.write_report(result, folder)
     print(summary(result.report))
     print("wrote", ", ".join(str(path) for path in paths))
+
+
+def _rows(args: argparse.Namespace) -> tuple[list[Example], dict[str, str | None]]:
+    """The rows, and what the report says of where they are from."""
+    if args.data:
+        if args.split or args.dataset:
+            raise UserError("--split and --dataset go with --task, not with --data")
+        rows = load_rows(args.data, args.source_column, args.target_column)
+        return rows, {"file": args.data, "task": None, "dataset": None, "split": None}
+    split, dataset = args.split or "test", args.dataset or DEFAULT_DATASET
+    rows = load_task(args.task, split, dataset, args.limit)
+    return rows, {"file": None, "task": args.task, "dataset": dataset, "split": split}
 
 
 def command() -> None:

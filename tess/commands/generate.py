@@ -14,12 +14,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tess.cli import Parser, default_checkpoint, run
-from tess.decoders.base import DECODERS
-from tess.decoders.options import add_sampler_flags, sampler_options
+from tess.decoders.options import DECODERS, add_sampler_flags, sampler_options
 from tess.errors import UserError
+from tess.options import check_seed
+from tess.sampling.request import Request
 
 if TYPE_CHECKING:
     from tess.decoders.base import Decoder, Generation
+    from tess.pipeline import TessPipelineOutput
+
+BYTE_ORDER_MARK = "\ufeff"
 
 JSON_KEYS = """\
 --json prints one object; its keys are stable:
@@ -30,7 +34,8 @@ JSON_KEYS = """\
                        as given, or the flag's default; null leaves it to the decoder
   load_seconds         wall-clock time of loading the checkpoint
   generate_seconds     wall-clock time of writing all texts
-  results              a list with an object per source, in order:
+  results              a list with an object per source, in order; a blank line of --input has one
+                       without a text:
       source           the source
       text             the text
       num_new_tokens   tokens of the text, </s> included
@@ -68,6 +73,11 @@ def make_parser() -> argparse.ArgumentParser:
         help="of --num_beams: a text's score is log p / tokens^A (default 1)",
     )
     parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="of ar: each text is the user's turn in the tokenizer's chat template",
+    )
+    parser.add_argument(
         "--num_inference_steps",
         type=int,
         metavar="N",
@@ -92,7 +102,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--temperature", type=float, default=1.0, metavar="T", help="with --top_p (default 1)"
     )
     parser.add_argument(
-        "--batch_size", type=int, default=8, metavar="N", help="texts at once (default 8)"
+        "--batch_size", type=int, metavar="N", help="texts at once (default 8)"
     )
     parser.add_argument(
         "--strict", action="store_true", help="refuse a too long text instead of cutting it"
@@ -115,25 +125,30 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
-    texts = args.texts + (read_lines(args.input) if args.input else [])
-    if not texts:
+    given = [text.replace(BYTE_ORDER_MARK, "") for text in args.texts]
+    sources = given + (read_lines(args.input) if args.input else [])
+    if not sources:
         raise UserError("give a text, or a file of texts with --input")
-    for text in texts:
-        if not text.strip():
-            raise UserError("expected a text, got an empty one (or only white space)")
-    checkpoint = args.checkpoint or default_checkpoint()
+    if not all(text.strip() for text in given):
+        raise UserError("expected a text, got an empty one (or only white space)")
+    texts = [source for source in sources if source]
     options = {
         name: getattr(args, name)
         for name in ("num_inference_steps", "gen_length", "seed", "top_p", "temperature")
     }
-    if args.trace is not None and not args.trace.resolve().parent.is_dir():
-        raise UserError(f"--trace {args.trace}: there is no folder {args.trace.resolve().parent}")
-    if args.trace is not None and args.trace.is_dir():
-        raise UserError(f"--trace {args.trace} is a folder; expected the name of a file")
+    Request(**{name: value for name, value in options.items() if name != "seed"})
+    check_seed(args.seed)
+    at_once = [flag for flag in ("trace", "live", "template") if getattr(args, flag)]
+    if at_once and args.batch_size is not None:
+        raise UserError(f"--{at_once[0]} writes all texts at once; leave out --batch_size")
     sampler = sampler_options(args)
+    checkpoint = args.checkpoint or default_checkpoint()
 
     from tess.decoders.load import load_decoder
+    from tess.storage.files import check_writable
 
+    if args.trace is not None:
+        check_writable(args.trace)
     start = time.perf_counter()
     decoder = load_decoder(
         checkpoint,
@@ -142,12 +157,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         options=sampler,
         num_beams=args.num_beams,
         length_penalty=args.length_penalty,
+        chat=args.chat,
     )
     loaded = time.perf_counter()
-    if args.trace is not None or args.live or args.template is not None:
-        results = write_one_batch(decoder, texts, args, options)
+    out = None
+    if at_once:
+        results, out = write_one_batch(decoder, texts, args, options)
     else:
-        results = decoder.generate(texts, batch_size=args.batch_size, strict=args.strict, **options)
+        results = decoder.generate(
+            texts, batch_size=args.batch_size or 8, strict=args.strict, **options
+        )
     seconds = {"load_seconds": loaded - start, "generate_seconds": time.perf_counter() - loaded}
     head = {
         "decoder": decoder.name,
@@ -155,21 +174,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         "num_parameters": decoder.num_parameters,
     }
     if args.json:
-        print(
-            json.dumps(
-                {**head, **options, **seconds, "results": as_rows(texts, results)},
-                ensure_ascii=False,
-                indent=2,
-            )
-        )
+        rows = as_rows(sources, results)
+        report = {**head, **options, **seconds, "results": rows}
+        print(json.dumps(report, ensure_ascii=False, indent=2))
     else:
-        print_texts(results, head, seconds)
+        print_texts(sources, results, head, seconds)
+    if args.trace is not None:  # after the texts, which are worth more
+        sys.stdout.flush()
+        save_trace(args.trace, decoder, texts, out, options)
     return 0
 
 
 def write_one_batch(
     decoder: "Decoder", texts: list[str], args: argparse.Namespace, options: dict[str, Any]
-) -> "list[Generation]":
+) -> "tuple[list[Generation], TessPipelineOutput]":
     """What needs every step, or a canvas with given tokens: all texts at once.
 
     Raises:
@@ -177,9 +195,7 @@ def write_one_batch(
     """
     from tess.decoders.diffusion import TessDecoder
     from tess.sampling.control import template_tokens
-    from tess.storage.files import write_atomically
     from tess.trace.live import LiveDenoising
-    from tess.trace.page import trace_page
 
     if not isinstance(decoder, TessDecoder):
         raise UserError(
@@ -191,69 +207,92 @@ def write_one_batch(
         fixed = template_tokens(decoder.tokenizer, args.template).repeat(len(texts), 1)
     view = LiveDenoising(decoder.tokenizer, sys.stderr) if args.live else None
     with view if view is not None else nullcontext():
-        results, out = decoder.trace(
+        return decoder.trace(
             texts,
             strict=args.strict,
             fixed_tokens=fixed,
             on_trace=None if view is None else view.update,
             **options,
         )
-    if args.trace is not None:
-        described = decoder.describe()
-        count = described.num_candidates
-        steps = options["num_inference_steps"] or decoder.default_num_inference_steps
-        settings = {**options, "scheduler": described.scheduler, "num_inference_steps": steps}
-        page = trace_page(
-            out.trace,
-            decoder.tokenizer,
-            [text for text in texts for _ in range(count)],
-            None,
-            settings,
-            lengths=[length for length in out.lengths for _ in range(count)],
-            nfe=out.nfe if count == 1 else [n for each in out.candidates.nfe for n in each],
-        )
-        write_atomically(args.trace, page)
-        print(f"wrote {args.trace}", file=sys.stderr)
-    return results
+
+
+def save_trace(
+    path: Path,
+    decoder: "Decoder",
+    texts: list[str],
+    out: "TessPipelineOutput",
+    options: dict[str, Any],
+) -> None:
+    """Write the page of every step."""
+    from tess.storage.files import write_atomically
+    from tess.trace.page import trace_page
+
+    described = decoder.describe()
+    count = described.num_candidates
+    steps = options["num_inference_steps"] or decoder.default_num_inference_steps
+    page = trace_page(
+        out.trace,
+        decoder.tokenizer,
+        [text for text in texts for _ in range(count)],
+        None,
+        {**options, "scheduler": described.scheduler, "num_inference_steps": steps},
+        lengths=[length for length in out.lengths for _ in range(count)],
+        nfe=out.nfe if count == 1 else [n for each in out.candidates.nfe for n in each],
+    )
+    write_atomically(path, page)
+    print(f"wrote {path}", file=sys.stderr)
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a file that are not blank.
+    """The lines of a file, without byte-order marks; a blank one is "", and a notice counts those.
 
     Raises:
         UserError: no such file, not UTF-8, or no text in it.
     """
     try:
-        content = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
+        content = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+        text = content.decode("utf-8")
     except FileNotFoundError as error:
         raise UserError(f"there is no file {str(path)!r}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: expected UTF-8 text, found other bytes") from error
-    lines = [line for line in content.split("\n") if line.strip()]
-    if not lines:
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n").split("\n")
+    lines = [line.replace(BYTE_ORDER_MARK, "") for line in lines]
+    lines = [line if line.strip() else "" for line in lines]
+    if not any(lines):
         raise UserError(f"{path}: expected at least one text, found none")
+    if blank := lines.count(""):
+        said = f"{blank} of {len(lines)} lines of {path} are blank, and so is their text"
+        print(said, file=sys.stderr)
     return lines
 
 
-def as_rows(texts: list[str], results: "list[Generation]") -> list[dict[str, Any]]:
+def by_source(sources: list[str], results: "list[Generation]") -> "list[Generation | None]":
+    """The results in the places of their sources; None for a blank one."""
+    written = iter(results)
+    return [next(written) if source else None for source in sources]
+
+
+def as_rows(sources: list[str], results: "list[Generation]") -> list[dict[str, Any]]:
+    names = ("text", "num_new_tokens", "nfe", "num_drafted", "num_accepted")
+    blank = dict.fromkeys(names, 0) | {"text": ""}
     return [
-        {
-            "source": text,
-            "text": result.text,
-            "num_new_tokens": result.num_new_tokens,
-            "nfe": result.nfe,
-            "num_drafted": result.num_drafted,
-            "num_accepted": result.num_accepted,
-        }
-        for text, result in zip(texts, results, strict=True)
+        {"source": source}
+        | (blank if result is None else {name: getattr(result, name) for name in names})
+        for source, result in zip(sources, by_source(sources, results), strict=True)
     ]
 
 
 def print_texts(
-    results: "list[Generation]", head: dict[str, Any], seconds: dict[str, float]
+    sources: list[str],
+    results: "list[Generation]",
+    head: dict[str, Any],
+    seconds: dict[str, float],
 ) -> None:
-    for result in results:
-        print(result.text)
+    for result in by_source(sources, results):
+        text = "" if result is None else result.text
+        # with several sources a text is a line, so that lines keep their numbers
+        print(text if len(sources) == 1 else " ".join(text.split("\n")))
     evaluations = [result.nfe for result in results]
     tokens = sum(result.num_new_tokens for result in results)
     most = max(evaluations)

@@ -23,6 +23,7 @@ from tess.data.settings import DataArguments
 from tess.errors import UserError
 from tess.options import known_keys
 from tess.storage.files import write_atomically
+from tess.storage.kept import digest, digest_folder
 from tess.storage.parts import Parts, kind_of, own_fields
 from tess.training.place import TRAINER_STATE_FILE, read_state
 from tess.training.run import FINAL_FOLDER, train
@@ -103,6 +104,65 @@ class Arm:
             return parse_settings(flags)
         except UserError as error:
             raise UserError(f"{self.label}: {error}") from error
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished training. weights: a hash of the final folder; ran: updates of this process.
+
+    seconds_per_update: of the process that trained last.
+    """
+
+    stage: str
+    decoder: str
+    seed: int
+    updates: int
+    weights: str
+    seconds_per_update: float | None
+    ran: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """arms: the trainings in their order. updates: of given checkpoints, where that is known."""
+
+    arms: list[Arm]
+    updates: dict[str, int | None] | None
+
+
+def plan(recipe: Recipe) -> Plan:
+    """What there is to train, or how far what is there was trained.
+
+    Raises:
+        UserError: settings that cannot be used, arms or checkpoints that are not alike, or, with
+            near matches, a name in allow_differences that allows nothing.
+    """
+    made = Plan(
+        plan_arms(recipe) if recipe.stages else [],
+        _known_updates(recipe) if recipe.checkpoints else None,
+    )
+    known_keys(dict.fromkeys(recipe.allow_differences), ALLOWABLE, "allow_differences")
+    return made
+
+
+def _known_updates(recipe: Recipe) -> dict[str, int | None]:
+    """Updates of the last training of each given checkpoint, where its folder still says so.
+
+    Raises:
+        UserError: both are known and differ, and the recipe does not allow that.
+    """
+    found = {}
+    for arm, name in recipe.checkpoints.items():
+        place = Path(name.replace("{seed}", str(recipe.seeds[0])))
+        found[arm] = updates_of(place.parent if place.name == "final" else place)
+    if None not in found.values() and len(set(found.values())) > 1:
+        if "updates" not in recipe.allow_differences:
+            raise UserError(
+                f"the checkpoints differ: the last training of tess has {found['tess']} updates "
+                f"and that of ar {found['ar']}; a fair comparison has as many (or name 'updates' "
+                "in allow_differences)"
+            )
+    return found
 
 
 def plan_arms(recipe: Recipe) -> list[Arm]:
@@ -210,11 +270,6 @@ def _distilled(arm: Arm, teacher: Arm, stage: Stage) -> Arm:
 # ---- alike ----
 
 
-def check_allowed(recipe: Recipe) -> None:
-    """Raises UserError, with near matches, for a name that allows nothing."""
-    known_keys(dict.fromkeys(recipe.allow_differences), ALLOWABLE, "allow_differences")
-
-
 def check_alike(arms: Mapping[str, Arm], allowed: Sequence[str]) -> None:
     """Refuse arms of one stage that differ in what a fair comparison holds fixed.
 
@@ -299,30 +354,10 @@ def _tokenizer_digest(tokenizer: Any) -> str:
     if backend is not None:
         rules = {k: v for k, v in json.loads(backend.to_str()).items()
                  if k not in ("truncation", "padding")}
-    return hashlib.sha256(json.dumps([special, rules]).encode()).hexdigest()[:16]
+    return digest([special, rules])
 
 
 # ---- runs ----
-
-
-_HISTORY = {"is_local", "local_files_only", "name_or_path", "_name_or_path", "transformers_version"}
-"""Keys of JSON files that say how a file came to be there, not what it is."""
-
-
-def digest_folder(folder: Path) -> str:
-    """A hash over all files of a checkpoint, by name."""
-    digest = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        digest.update(str(path.relative_to(folder)).encode())
-        if path.suffix == ".json":
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if isinstance(content, dict):
-                content = {k: v for k, v in content.items() if k not in _HISTORY}
-            digest.update(json.dumps(content, sort_keys=True).encode())
-            continue
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:16]
 
 
 def updates_of(folder: Path) -> int | None:
@@ -333,15 +368,11 @@ def updates_of(folder: Path) -> int | None:
     return read_state(Path(last))["global_step"]
 
 
-def run_arm(arm: Arm, advance: Callable[[int], None] = lambda updates: None) -> dict[str, Any]:
+def run_arm(arm: Arm, advance: Callable[[int], None] = lambda updates: None) -> Trained:
     """Train an arm, unless it is there already.
 
     advance: called with the number of updates done since the last call, those of an earlier run
         included.
-
-    Returns:
-        `updates`, `weights` (a hash of the final folder), `ran` (updates of this call) and
-        `seconds_per_update` (of the call that trained last).
 
     Raises:
         UserError: the folder has a training with other settings, or `train` refuses.
@@ -361,9 +392,7 @@ def run_arm(arm: Arm, advance: Callable[[int], None] = lambda updates: None) -> 
     _check_record(arm, record, now)
     finished = record.get("weights")
     if finished and arm.final.is_dir() and digest_folder(arm.final) == finished:
-        return {key: record[key] for key in ("updates", "weights", "seconds_per_update")} | {
-            "ran": 0
-        }
+        return _trained(arm, record)
     settings = arm.parse()
     try:
         arm.folder.mkdir(parents=True, exist_ok=True)
@@ -382,10 +411,10 @@ def run_arm(arm: Arm, advance: Callable[[int], None] = lambda updates: None) -> 
         "seconds_per_update": clock.seconds_per_update or record.get("seconds_per_update"),
     }
     write_atomically(arm.folder / ARM_FILE, json.dumps(now | done, indent=2) + "\n")
-    return done | {"ran": clock.ran}
+    return _trained(arm, done, clock.ran)
 
 
-def finished_arm(arm: Arm) -> dict[str, Any]:
+def finished_arm(arm: Arm) -> Trained:
     """The record of a finished arm; UserError where it is not finished, or of other settings."""
     record = _read_record(arm)
     if not record.get("weights") or kind_of(arm.final) != arm.kind:
@@ -396,7 +425,12 @@ def finished_arm(arm: Arm) -> dict[str, Any]:
     # what it started from need not be on this machine
     now = {key: record.get(key) for key in ("start", "texts")}
     _check_record(arm, record, {"settings": _recorded(arm)} | now)
-    return {key: record[key] for key in ("updates", "weights", "seconds_per_update")}
+    return _trained(arm, record)
+
+
+def _trained(arm: Arm, record: Mapping[str, Any], ran: int = 0) -> Trained:
+    found = (record[key] for key in ("updates", "weights", "seconds_per_update"))
+    return Trained(arm.stage, arm.kind, arm.seed, *found, ran)
 
 
 def _recorded(arm: Arm) -> dict[str, Any]:

@@ -6,7 +6,6 @@ AR arm wrote for the sources, greedily or with beams (Kim and Rush, arXiv 1606.0
 decoders Gu et al., arXiv 1711.02281).
 """
 
-import hashlib
 import json
 from collections.abc import Callable
 
@@ -18,7 +17,7 @@ from tess.data.texts import load_data
 from tess.decoders.load import load_decoder
 from tess.errors import UserError
 from tess.storage.files import write_atomically
-from tess.storage.kept import keep, kept
+from tess.storage.kept import digest, keep, kept
 
 BATCH_SIZE, CHUNK = 128, 2048
 
@@ -38,13 +37,12 @@ def distill(arm: Arm, advance: Callable[[int], None] = lambda rows: None) -> int
         UserError: an unfinished teacher, training rows without a source, or only empty texts.
     """
     teacher, path = arm.teacher, arm.texts
-    weights = finished_arm(teacher)["weights"]
+    weights = finished_arm(teacher).weights
     rows, _ = load_data(teacher.parsed.data, want_eval=False)
     chosen = [rows[i][0] for i in evenly_spaced(len(rows), arm.distilled_rows)]
     if None in chosen:
         raise UserError(f"{arm.label}: distilled_rows needs training rows with a source")
-    digest = hashlib.sha256(json.dumps(chosen).encode()).hexdigest()[:16]
-    key = {"weights": weights, "sources": digest, "rows": len(chosen)}
+    key = {"weights": weights, "sources": digest(chosen), "rows": len(chosen)}
     record, part = path.with_suffix(".json"), path.with_suffix(".part.json")
     if path.is_file() and kept(record, key):
         advance(len(chosen))
@@ -58,9 +56,11 @@ def distill(arm: Arm, advance: Callable[[int], None] = lambda rows: None) -> int
     while len(texts) < len(chosen):
         now = chosen[len(texts) : len(texts) + CHUNK]
         rows = decoder.encode(now, warn=False).rows  # the training says what it drops or cuts
-        texts += [one.text for one in decoder.generate_ids(rows, batch_size=width)]
+        written = decoder.generate_ids(
+            rows, batch_size=width, on_batch=lambda batch: advance(len(batch))
+        )
+        texts += [one.text for one in written]
         keep(part, key, {"texts": texts})
-        advance(len(now))
     pairs = [
         {"source": source, "target": text}
         for source, text in zip(chosen, texts, strict=True)

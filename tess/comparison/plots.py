@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tess.comparison.recipe import COPY, UNTRAINED
+from tess.comparison.report import Figure, Report, SystemResult
 from tess.evaluation.plots import STYLE, check_plots, save_figure
 
 FAMILIES = {
@@ -22,7 +23,7 @@ GREY = "#666666"
 SIZE = (6.4, 4.2)
 
 
-def plot_comparison(report: Mapping[str, Any], folder: Path) -> list[Path]:
+def plot_comparison(report: Report, folder: Path) -> list[Path]:
     """Draw `quality_nfe` and `quality_latency` into `folder`; the paths written.
 
     Points have the bootstrap interval of the first seed; the greedy AR and the copy are lines.
@@ -32,9 +33,7 @@ def plot_comparison(report: Mapping[str, Any], folder: Path) -> list[Path]:
     """
     check_plots()
     nfe = evaluations(report)
-    times = {
-        name: one["latency"]["median_ms"] for name, one in report["timings"]["systems"].items()
-    }
+    times = {name: one.latency.median_ms for name, one in report.timings.systems.items()}
     return [
         *_draw(report, nfe, "network evaluations per text (mean)", folder / "quality_nfe"),
         *_draw(report, times, "milliseconds per text at batch 1 (median)",
@@ -42,20 +41,12 @@ def plot_comparison(report: Mapping[str, Any], folder: Path) -> list[Path]:
     ]
 
 
-def evaluations(report: Mapping[str, Any]) -> dict[str, float]:
+def evaluations(report: Report) -> dict[str, float]:
     """Network evaluations per text of every system, mean."""
-    return {name: _figures(one)["cost"]["nfe_mean"] for name, one in _systems(report).items()}
+    return {name: one.first.cost.nfe_mean for name, one in report.results.systems.items()}
 
 
-def _systems(report: Mapping[str, Any]) -> Mapping[str, Any]:
-    return report["results"]["systems"]
-
-
-def _figures(system: Mapping[str, Any]) -> Mapping[str, Any]:
-    return next(iter(system["seeds"].values()))
-
-
-def _draw(report: Mapping[str, Any], across: Mapping[str, float], label: str, stem: Path):
+def _draw(report: Report, across: Mapping[str, float], label: str, stem: Path):
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -69,18 +60,17 @@ def _draw(report: Mapping[str, Any], across: Mapping[str, float], label: str, st
 
 
 def draw_panel(
-    axis: Any, report: Mapping[str, Any], across: Mapping[str, float], label: str
+    axis: Any, report: Report, across: Mapping[str, float], label: str
 ) -> None:
     """The main measure of all systems over `across` (system -> place) on a matplotlib axis."""
-    results = report["results"]
-    main, greedy = results["protocol"]["main"], results["greedy_ar"]
-    copy = results["baselines"]["measures"][COPY][main]
-    _level(axis, copy, GREY, ":", "copy of the source")
+    results = report.results
+    main, greedy = results.protocol.main, results.greedy_ar
+    _level(axis, results.baselines.measures[COPY][main], GREY, ":", "copy of the source")
     if greedy is not None:
-        own = _figures(_systems(report)[greedy])["measures"][main]
+        own = results.systems[greedy].first.measures[main]
         _level(axis, own, FAMILIES["ar"][0], "--", f"{greedy} (greedy)")
     _line(axis, report, across, main)
-    for number, (name, system) in enumerate(_systems(report).items(), start=1):
+    for number, (name, system) in enumerate(results.systems.items(), start=1):
         if name in across:
             _point(axis, f"{number}", name, system, across[name], main)
     axis.set_xscale("log", base=2)
@@ -89,26 +79,25 @@ def draw_panel(
     axis.set_ylabel(main)
 
 
-def _title(report: Mapping[str, Any]) -> str:
-    data, seeds = report["results"]["data"], report["results"]["seeds"]
-    level = 100 * report["results"]["protocol"]["level"]
-    intervals = f"{level:g} % intervals over rows"
-    return f"{report['name']}: {data['rows']} rows, seed {seeds[0]}, {intervals}"
+def _title(report: Report) -> str:
+    results = report.results
+    intervals = f"{100 * results.protocol.level:g} % intervals over rows"
+    return f"{report.name}: {results.data.rows} rows, seed {results.seeds[0]}, {intervals}"
 
 
-def _level(axis: Any, figure: Mapping[str, float], colour: str, style: str, label: str) -> None:
-    axis.axhline(figure["value"], color=colour, linestyle=style, linewidth=1.2, label=label)
-    axis.axhspan(figure["low"], figure["high"], color=colour, alpha=0.07, linewidth=0)
+def _level(axis: Any, figure: Figure, colour: str, style: str, label: str) -> None:
+    axis.axhline(figure.value, color=colour, linestyle=style, linewidth=1.2, label=label)
+    axis.axhspan(figure.low, figure.high, color=colour, alpha=0.07, linewidth=0)
 
 
-def _line(axis: Any, report: Mapping[str, Any], across: Mapping[str, float], main: str) -> None:
+def _line(axis: Any, report: Report, across: Mapping[str, float], main: str) -> None:
     """Joins the tess systems that differ in nothing but steps."""
     groups: dict[str, list[tuple[float, float]]] = {}
-    for name, system in _systems(report).items():
-        settings = dict(system["settings"])
+    for name, system in report.results.systems.items():
+        settings = dict(system.settings)
         if settings.pop("num_inference_steps", None) is None or name not in across:
             continue
-        value = _figures(system)["measures"][main]["value"]
+        value = system.first.measures[main].value
         groups.setdefault(repr(sorted(settings.items())), []).append((across[name], value))
     for points in groups.values():
         if len(points) > 1:
@@ -117,19 +106,19 @@ def _line(axis: Any, report: Mapping[str, Any], across: Mapping[str, float], mai
 
 
 def _point(
-    axis: Any, number: str, name: str, system: Mapping[str, Any], at: float, main: str
+    axis: Any, number: str, name: str, system: SystemResult, at: float, main: str
 ) -> None:
     """A marker with the system's number in it, which the legend explains."""
-    figure = _figures(system)["measures"][main]
-    colour, marker = FAMILIES[system["settings"]["decoder"]]
+    figure = system.first.measures[main]
+    colour, marker = FAMILIES[system.settings["decoder"]]
     colour = GREY if name == UNTRAINED else colour
-    error = [[figure["value"] - figure["low"]], [figure["high"] - figure["value"]]]
+    error = [[figure.value - figure.low], [figure.high - figure.value]]
     axis.errorbar(
-        at, figure["value"], yerr=error, color=colour, marker=marker, markersize=11, capsize=2,
+        at, figure.value, yerr=error, color=colour, marker=marker, markersize=11, capsize=2,
         linewidth=0, elinewidth=1.0, alpha=0.85, label=f"{number}  {name}",
     )
     axis.annotate(
-        number, (at, figure["value"]), ha="center", va="center", fontsize=7, color="white",
+        number, (at, figure.value), ha="center", va="center", fontsize=7, color="white",
         fontweight="bold",
     )
 

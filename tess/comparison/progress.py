@@ -1,47 +1,12 @@
-"""The bar over a whole comparison, and how much work each part is by a rough count."""
+"""How much work each part of a comparison is, by a rough count of rows through the network."""
 
-import sys
-from collections.abc import Callable, Sequence
-from typing import Any
-
-from datasets.utils import tqdm
+from collections.abc import Sequence
 
 from tess.comparison.arms import Arm
 from tess.comparison.recipe import Recipe, System
 
 UPDATE, SINGLE, AR_ROW, MEMORY = 4.0, 4.0, 16.0, 3000.0
 """A row of an update; a text alone; all tokens of one; a process that measures memory."""
-
-
-class Progress:
-    """A bar over the whole plan on stderr; its unit is about one row through the network."""
-
-    def __init__(self, total: float, show: bool, say: Callable[[str], Any]) -> None:
-        self.say_line = say
-        self.bar = tqdm(
-            total=total, disable=not show, file=sys.stderr, smoothing=0.1,
-            mininterval=0.5 if sys.stderr.isatty() else 10, dynamic_ncols=True,
-            bar_format="{percentage:3.0f}% |{bar:20}| {elapsed}, about {remaining} left: {desc}",
-        )
-
-    def begin(self, what: str) -> None:
-        """Name the part that runs."""
-        self.bar.set_description_str(what)
-
-    def advance(self, work: float) -> None:
-        """So much is done."""
-        self.bar.update(work)
-
-    def skip(self, work: float) -> None:
-        """So much need not be done."""
-        self.bar.total = max(self.bar.total - work, self.bar.n)
-        self.bar.refresh()
-
-    def say(self, line: str) -> None:
-        """A line of its own above the bar."""
-        self.bar.clear()
-        self.say_line(line)
-        self.bar.refresh()
 
 
 def row_work(system: System) -> float:

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from tess.data.tasks.catalog import DEFAULT_DATASET, get_task
-from tess.decoders.base import DECODERS
 from tess.decoders.beam_search import wants_beams
+from tess.decoders.options import DECODERS
 from tess.errors import UserError
 from tess.metrics.catalog import get_protocol
-from tess.options import known_keys, read_config, typed
+from tess.options import decode, known_keys, read_bytes, read_config, values_of
 from tess.sampling.options import SamplerOptions
 from tess.training.settings import make_parser
 
@@ -26,13 +26,7 @@ UNTRAINED_STEPS = 16
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 
 _OPTIONS = {f.name: f.type for f in SamplerOptions.flags()}
-_DECODING = {
-    "num_inference_steps": int,
-    "gen_length": int,
-    "num_beams": int,
-    "length_penalty": float,
-    "num_draft_tokens": int,
-}
+_DECODING = ("num_inference_steps", "gen_length", "num_beams", "length_penalty", "num_draft_tokens")
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,109 +142,92 @@ def read_recipe(
             type, or settings that do not go together.
     """
     path = Path(path)
-    given = read_config(path)
-    fields = {f.name: f for f in dataclasses.fields(Recipe)}
-    keys = set(fields) - {"text", "default_systems"}
-    known_keys(given, keys, f"{path}")
-    values = {key: value for key, value in given.items() if value is not None}
+    given = values_of(_kinds(Recipe, _WRITTEN), read_config(path), f"{path}")
+    values = {"name": path.stem} | given
     values |= {"output_dir": output_dir} if output_dir else {}
     values |= {"data_root": data_root} if data_root else {}
-    values.setdefault("name", path.stem)
     for key in ("output_dir", "protocol"):
         if key not in values:
             raise UserError(f"{path}: expected the key {key!r}, and there is none")
-    for key, value in values.items():
-        values[key] = _value(key, value, str(fields[key].type))
-    recipe = Recipe(text=path.read_text(), **values)
-    if not recipe.systems:
-        recipe = dataclasses.replace(recipe, systems=DEFAULT_SYSTEMS, default_systems=True)
+    stages, systems = values.pop("stages", []), values.pop("systems", [])
+    if "checkpoints" in values:
+        values["checkpoints"] = _checkpoints(values["checkpoints"])
+    recipe = Recipe(
+        text=decode(read_bytes(path), path),
+        stages=tuple(_stage(item, at) for at, item in enumerate(stages, start=1)),
+        systems=tuple(_system(item, at) for at, item in enumerate(systems, start=1))
+        or DEFAULT_SYSTEMS,
+        default_systems=not systems,
+        **values,
+    )
     _check(recipe)
     return recipe
 
 
-def _value(key: str, value: Any, kind: str) -> Any:
-    if key == "stages":
-        return tuple(_stage(item, at) for at, item in enumerate(_list(value, key)))
-    if key == "systems":
-        return tuple(_system(item, at) for at, item in enumerate(_list(value, key)))
-    if key == "checkpoints":
-        if isinstance(value, str):
-            value = {arm: str(Path(value) / arm) for arm in ARMS}
-        known_keys(_mapping(value, key), ARMS, key)
-        if missing := [arm for arm in ARMS if not isinstance(value.get(arm), str)]:
-            raise UserError(f"checkpoints: expected a folder for {missing[0]!r}, found none")
-        return value
-    if kind.startswith("tuple"):
-        inner = int if "int" in kind else str
-        items = tuple(typed(item, inner, key) for item in _list(value, key))
-        if len(set(items)) < len(items):
-            raise UserError(f"{key} has a value twice: {list(items)}")
-        return items
-    plain = bool if "bool" in kind else int if "int" in kind else str
-    return typed(value, plain, key)
+_WRITTEN = {
+    "stages": list[Mapping],
+    "systems": list[Mapping],
+    "checkpoints": Any,
+    "text": None,
+    "default_systems": None,
+}
+"""How fields of `Recipe` are written in a file, where it is another way; None: they are not."""
 
 
-def _stage(item: Any, at: int) -> Stage:
-    where = f"stage {at + 1}"
-    _mapping(item, where)
-    known_keys(item, {f.name for f in dataclasses.fields(Stage)}, where)
-    name = _name(item.get("name"), where)
-    groups = {key: _mapping(item.get(key) or {}, f"{where}, {key}") for key in ("shared", *ARMS)}
+def _kinds(kind: type, written: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The keys that a file may have for a dataclass, and their types."""
+    found = {f.name: f.type for f in dataclasses.fields(kind)} | dict(written or {})
+    return {name: kind for name, kind in found.items() if kind is not None}
+
+
+def _checkpoints(value: Any) -> Mapping[str, str]:
+    if isinstance(value, str):
+        return {arm: str(Path(value) / arm) for arm in ARMS}
+    found = values_of(dict.fromkeys(ARMS, str), value, "checkpoints")
+    if missing := [arm for arm in ARMS if arm not in found]:
+        raise UserError(f"checkpoints: expected a folder for {missing[0]!r}, found none")
+    return found
+
+
+def _stage(item: Mapping[str, Any], at: int) -> Stage:
+    values = {"shared": {}, "tess": {}, "ar": {}} | values_of(_kinds(Stage), item, f"stage {at}")
+    stage = Stage(name=_name(values.pop("name", None), f"stage {at}"), **values)
+    where = f"stage {stage.name!r}"
     flags = {action.dest for action in make_parser("")._actions} - {"help", "objective"}
-    for key, group in groups.items():
-        known_keys(group, flags, f"stage {name!r}, {key}")
-    if "output_dir" in groups["shared"]:
-        raise UserError(f"stage {name!r}: output_dir belongs beside shared, not into it")
-    arms = tuple(_list(item.get("arms", list(ARMS)), f"{where}, arms"))
-    if not arms or not set(arms) <= set(ARMS):
-        raise UserError(f"stage {name!r}: arms may name {' and '.join(ARMS)}, got {list(arms)}")
-    rows = item.get("distilled_rows")
-    if rows is not None:
-        rows = typed(rows, int, f"stage {name!r}, distilled_rows")
-        if rows < 1:
-            raise UserError(f"stage {name!r}: distilled_rows must be at least 1, got {rows}")
-        if set(arms) != set(ARMS):
-            raise UserError(
-                f"stage {name!r}: distilled_rows needs both arms, as ar writes what tess learns; "
-                f"got {list(arms)}"
-            )
-    beams = typed(item.get("distilled_num_beams", 1), int, f"stage {name!r}, distilled_num_beams")
-    if beams < 1 or (beams > 1 and rows is None):
+    for key in ("shared", *ARMS):
+        known_keys(getattr(stage, key), flags, f"{where}, {key}")
+    if "output_dir" in stage.shared:
+        raise UserError(f"{where}: output_dir belongs beside shared, not into it")
+    if not stage.arms or not set(stage.arms) <= set(ARMS):
+        raise UserError(f"{where}: arms may name {' and '.join(ARMS)}, got {list(stage.arms)}")
+    _at_least_one(stage, ("distilled_rows",), where)
+    if stage.distilled_rows and set(stage.arms) != set(ARMS):
         raise UserError(
-            f"stage {name!r}: distilled_num_beams must be at least 1, and above 1 beside "
+            f"{where}: distilled_rows needs both arms, as ar writes what tess learns; "
+            f"got {list(stage.arms)}"
+        )
+    beams = stage.distilled_num_beams
+    if beams < 1 or (beams > 1 and stage.distilled_rows is None):
+        raise UserError(
+            f"{where}: distilled_num_beams must be at least 1, and above 1 beside "
             f"distilled_rows only, got {beams}"
         )
-    place = item.get("output_dir")
-    return Stage(name, **groups, arms=arms, output_dir=place, distilled_rows=rows,
-                 distilled_num_beams=beams)
+    return stage
 
 
-def _system(item: Any, at: int) -> System:
-    where = f"system {at + 1}"
-    _mapping(item, where)
-    name = _name(item.get("name"), where)
+def _system(item: Mapping[str, Any], at: int) -> System:
+    kinds = _kinds(System, {"options": None, "untrained": None})
+    values = values_of(kinds | _OPTIONS, item, f"system {at}")
+    name, decoder = _name(values.pop("name", None), f"system {at}"), values.pop("decoder", None)
     where = f"system {name!r}"
-    known_keys(item, {"name", "decoder", *_DECODING, *_OPTIONS}, where)
     if name in RESERVED:
         raise UserError(f"{where}: this name is taken by a baseline; choose another")
-    decoder = item.get("decoder")
     if decoder not in DECODERS:
         raise UserError(f"{where}: decoder must be one of {', '.join(DECODERS)}, got {decoder!r}")
-    given = {key: value for key, value in item.items() if value is not None}
-    decoding = {k: typed(given[k], kind, f"{where}, {k}") for k, kind in _DECODING.items()
-                if k in given}
-    options = {key: _option(given[key], key, where) for key in _OPTIONS if key in given}
-    system = System(name, decoder, **decoding, options=options)
+    options = {key: values.pop(key) for key in _OPTIONS if key in values}
+    system = System(name, decoder, **values, options=options)
     _check_system(system, where)
     return system
-
-
-def _option(value: Any, key: str, where: str) -> Any:
-    kind = str(_OPTIONS[key])
-    if kind.startswith("list"):
-        return [typed(item, str, f"{where}, {key}") for item in _list(value, key)]
-    plain = int if "int" in kind else float if "float" in kind else str
-    return typed(value, plain, f"{where}, {key}")
 
 
 def _check_system(system: System, where: str) -> None:
@@ -266,12 +243,8 @@ def _check_system(system: System, where: str) -> None:
     if system.num_draft_tokens is not None and system.decoder != "ar+mtp":
         raise UserError(f"{where}: num_draft_tokens belongs to ar+mtp, and this is "
                         f"{system.decoder}")
-    for key in ("num_inference_steps", "gen_length", "num_draft_tokens"):
-        value = getattr(system, key)
-        if value is not None and value < 1:
-            raise UserError(f"{where}: {key} must be at least 1, got {value}")
-    if options.num_candidates < 1:
-        raise UserError(f"{where}: num_candidates must be at least 1, got {options.num_candidates}")
+    _at_least_one(system, ("num_inference_steps", "gen_length", "num_draft_tokens"), where)
+    _at_least_one(options, ("num_candidates",), where)
 
 
 def _check(recipe: Recipe) -> None:
@@ -294,11 +267,8 @@ def _check(recipe: Recipe) -> None:
         raise UserError("seeds: expected at least one number, found none")
     if not recipe.batch_sizes or min(recipe.batch_sizes) < 1:
         raise UserError(f"batch_sizes must be 1 or more each, got {list(recipe.batch_sizes)}")
-    for key in ("test_limit", "batch_size", "timing_rows", "timing_repeats", "truncation_words",
-                "lead_sentences"):
-        value = getattr(recipe, key)
-        if value is not None and value < 1:
-            raise UserError(f"{key} must be at least 1, got {value}")
+    _at_least_one(recipe, ("test_limit", "batch_size", "timing_rows", "timing_repeats",
+                           "truncation_words", "lead_sentences"), recipe.name)  # fmt: skip
     if recipe.fixed_text is not None and not recipe.fixed_text.strip():
         raise UserError("fixed_text must have a word at least, got an empty text")
     if recipe.samples < 0:
@@ -307,16 +277,11 @@ def _check(recipe: Recipe) -> None:
         raise UserError(f"dtype must be float32 or bfloat16, got {recipe.dtype!r}")
 
 
-def _list(value: Any, what: str) -> list[Any]:
-    if not isinstance(value, list):
-        raise UserError(f"{what} must be a list, got {value!r}")
-    return value
-
-
-def _mapping(value: Any, what: str) -> Mapping[str, Any]:
-    if not isinstance(value, dict):
-        raise UserError(f"{what} must be a mapping of settings, got {value!r}")
-    return value
+def _at_least_one(owner: Any, names: tuple[str, ...], where: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        if value is not None and value < 1:
+            raise UserError(f"{where}: {name} must be at least 1, got {value}")
 
 
 def _name(value: Any, where: str) -> str:

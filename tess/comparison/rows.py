@@ -1,7 +1,6 @@
 """The texts of a comparison: its test rows, and what its training rows say of them."""
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from tess.data.tasks.catalog import load_task
 from tess.data.texts import bare, load_data
 from tess.errors import UserError
 from tess.metrics.protocols import mean_words
-from tess.storage.kept import keep, kept
+from tess.storage.kept import digest, keep, kept
 from tess.text.detokenize import detokenize
 
 
@@ -51,7 +50,7 @@ def training_facts(
     stages = {arm.stage: stages[arm.stage] for arm in arms}  # in the order of the recipe
     test = [(row.source, *row.references) for row in examples]
     key = {
-        "test": hashlib.sha256(json.dumps(test).encode()).hexdigest()[:16],
+        "test": digest(test),
         "data": {name: _data_settings(arm) for name, arm in stages.items()},
     }
     if (found := kept(path, key)) is not None:

@@ -2,9 +2,19 @@
 
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-from tess.comparison.recipe import COPY, UNTRAINED
+from tess.comparison.report import (
+    Cost,
+    Difference,
+    Differences,
+    Figure,
+    Figures,
+    SeedResult,
+    Spread,
+    Verdict,
+)
+from tess.decoders.base import Generation
+from tess.evaluation.protocol import figures
 from tess.evaluation.run import acceptance_length
 from tess.metrics.protocols import ProtocolScores, apply_protocol
 from tess.metrics.significance import paired_test
@@ -31,29 +41,34 @@ def score_all(
 
 def against(
     ours: ProtocolScores, theirs: ProtocolScores, level: float, resamples: int
-) -> dict[str, Any]:
+) -> Differences:
     """Each measure's paired test: ours minus theirs, its interval, and p."""
     return {
-        name: paired_test(
-            measure, theirs.measures[name], level=level, resamples=resamples
-        )._asdict()
+        name: Difference(
+            *paired_test(measure, theirs.measures[name], level=level, resamples=resamples)
+        )
         for name, measure in ours.measures.items()
     }
 
 
-def costs(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    """Evaluations, tokens, and what a check of a draft adds, as means over rows."""
-    nfe = [row["nfe"] for row in rows]
-    tokens = sum(row["num_new_tokens"] for row in rows)
-    return {
-        "nfe_mean": statistics.mean(nfe),
-        "nfe_max": max(nfe),
-        "new_tokens_mean": tokens / len(rows),
-        "tokens_per_forward": tokens / sum(nfe),
-        "acceptance_length": acceptance_length(
-            [row["num_verifications"] for row in rows], tokens
-        ),
-    }
+def intervals(scores: ProtocolScores) -> Figures:
+    """Each measure with its bootstrap interval."""
+    return {name: Figure(**figure) for name, figure in figures(scores).items()}
+
+
+def costs(texts: Sequence[Generation], flops: float | None, flops_note: str | None) -> Cost:
+    """Evaluations, tokens, and what a check of a draft adds, as means over texts."""
+    nfe = [text.nfe for text in texts]
+    tokens = sum(text.num_new_tokens for text in texts)
+    return Cost(
+        nfe_mean=statistics.mean(nfe),
+        nfe_max=max(nfe),
+        new_tokens_mean=tokens / len(texts),
+        tokens_per_forward=tokens / sum(nfe),
+        acceptance_length=acceptance_length([text.num_verifications for text in texts], tokens),
+        flops_per_output_token=flops,
+        flops_note=flops_note,
+    )
 
 
 def share_equal(ours: Sequence[str], theirs: Sequence[str]) -> float:
@@ -61,35 +76,26 @@ def share_equal(ours: Sequence[str], theirs: Sequence[str]) -> float:
     return sum(a == b for a, b in zip(ours, theirs, strict=True)) / len(ours)
 
 
-def over_seeds(seeds: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def over_seeds(runs: Sequence[SeedResult]) -> dict[str, Spread]:
     """Mean, lowest and highest of each measure and cost over the seeds."""
-    runs = list(seeds.values())
-    found: dict[str, Any] = {
-        name: _spread([run["measures"][name]["value"] for run in runs])
-        for name in runs[0]["measures"]
+    found = {
+        name: _spread([run.measures[name].value for run in runs]) for name in runs[0].measures
     }
     for name in COST_KEYS:
-        values = [run["cost"][name] for run in runs]
+        values = [getattr(run.cost, name) for run in runs]
         if None not in values:
             found[name] = _spread(values)
     return found
 
 
-def _spread(values: Sequence[float]) -> dict[str, float]:
-    return {"mean": statistics.mean(values), "min": min(values), "max": max(values)}
+def _spread(values: Sequence[float]) -> Spread:
+    return Spread(statistics.mean(values), min(values), max(values))
 
 
-def verdict(
-    ours: Mapping[str, Any], others: Mapping[str, Mapping[str, Any]], main: str, higher: bool
-) -> dict[str, bool]:
-    """Whether the main measure is better than that of the copy and of the untrained model, with
-    intervals that do not meet."""
+def verdict(ours: Figure, copy: Figure, untrained: Figure, higher: bool) -> Verdict:
+    """Of the main measure; higher: whether that is better."""
 
-    def better(a: Mapping[str, float], b: Mapping[str, float]) -> bool:
-        return a["low"] > b["high"] if higher else a["high"] < b["low"]
+    def better(than: Figure) -> bool:
+        return ours.low > than.high if higher else ours.high < than.low
 
-    return {
-        f"better_than_{name}": better(ours[main], others[name][main])
-        for name in (COPY, UNTRAINED)
-        if name in others
-    }
+    return Verdict(better(copy), better(untrained))

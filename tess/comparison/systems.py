@@ -1,46 +1,55 @@
-"""One system of a comparison: load it, let it write all test rows, keep what it wrote.
+"""The decoder of one system of a comparison, out of the checkpoints of one seed."""
 
-Texts are kept in `systems/NAME.seedN.jsonl` beside what they depend on, and are not written again
-while that stays the same: settings, weights, seed, rows, batch size, type and device.
-"""
-
-import dataclasses
-import hashlib
-import importlib.metadata
 import json
 import os
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from tess.comparison.arms import digest_folder
+from tess.comparison.arms import check_checkpoints, last_arms
 from tess.comparison.recipe import ARMS, UNTRAINED, UNTRAINED_STEPS, System
+from tess.comparison.state import Comparison, Models
+from tess.decoders.autoregressive import ArMtpDecoder
 from tess.decoders.base import Decoder, Generation, OnBatch
-from tess.decoders.diffusion import TessDecoder
 from tess.decoders.load import load_decoder
 from tess.errors import UserError
 from tess.sampling.options import SamplerOptions
-from tess.storage.files import write_atomically
-from tess.storage.kept import keep, kept
+from tess.storage.kept import digest_folder
 from tess.storage.parts import kind_of, load_parts
-from tess.version import VERSION
 
 UNTRAINED_SYSTEM = System(UNTRAINED, "tess", num_inference_steps=UNTRAINED_STEPS, untrained=True)
 """The tess model of the comparison's sizes with random weights by the seed."""
 
-_KEPT = [f.name for f in dataclasses.fields(Generation) if f.name not in ("token_ids", "first")]
+
+def find_models(run: Comparison) -> None:
+    """Give a comparison its checkpoints, and drop the default systems that they cannot serve.
+
+    Raises:
+        UserError: no checkpoint, one of the wrong kind, or two that differ where that is not
+            allowed.
+    """
+    for seed in run.recipe.seeds:
+        run.models[seed] = gather_models(
+            _places(run, seed), run.folder / f"models.seed{seed}", seed
+        )
+    found = []
+    for models in run.models.values():
+        parts = {arm: load_parts(models.folder / arm) for arm in ARMS}
+        found.append(check_checkpoints(parts["tess"], parts["ar"], run.recipe.allow_differences))
+    run.differing = found[0]
+    config = json.loads((run.first_models.folder / "ar" / "config.json").read_text())
+    if run.recipe.default_systems and not config.get("num_nextn_predict_layers"):
+        name = ArMtpDecoder.name
+        run.systems = [system for system in run.systems if system.decoder != name]
+        run.say(f"the AR checkpoint has no multi-token predictor; {name} is left out")
 
 
-@dataclass(frozen=True)
-class Models:
-    """The two checkpoints of one seed. folder has both, as `tess/` and `ar/`."""
-
-    seed: int
-    folder: Path
-    weights: Mapping[str, str]
+def _places(run: Comparison, seed: int) -> dict[str, Path]:
+    if run.recipe.checkpoints:
+        named = run.recipe.checkpoints.items()
+        return {arm: Path(place.replace("{seed}", str(seed))) for arm, place in named}
+    return {kind: arm.final for kind, arm in last_arms(run.arms, run.recipe, seed).items()}
 
 
 def gather_models(places: Mapping[str, Path], folder: Path, seed: int) -> Models:
@@ -75,7 +84,7 @@ def load_system(system: System, models: Models, dtype: str) -> Decoder:
         UserError: what `load_decoder` refuses.
     """
     if system.untrained:
-        return _untrained(system, models)
+        return _untrained(models)
     options = SamplerOptions(**system.options) if "tess" in system.decoder else None
     try:
         return load_decoder(
@@ -91,13 +100,13 @@ def load_system(system: System, models: Models, dtype: str) -> Decoder:
         raise UserError(f"system {system.name!r}: {error}") from error
 
 
-def _untrained(system: System, models: Models) -> TessDecoder:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    parts = load_parts(models.folder / "tess")
+def _untrained(models: Models) -> Decoder:
+    decoder = load_decoder(models.folder, "tess")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(models.seed)
-        model = type(parts.model)(parts.model.config)
-    return TessDecoder(dataclasses.replace(parts, model=model.to(device)))
+        fresh = type(decoder.model)(decoder.model.config)
+    decoder.model.load_state_dict(fresh.state_dict())
+    return decoder
 
 
 def steps_of(system: System, decoder: Decoder) -> int | None:
@@ -117,103 +126,12 @@ def write_texts(
     on_batch: OnBatch | None = None,
 ) -> list[Generation]:
     """One text per source; those that are cut are counted in the report, not warned of here."""
+    steps = steps_of(system, decoder)
     return decoder.generate_ids(
         decoder.encode(sources, warn=False).rows,
-        num_inference_steps=steps_of(system, decoder),
+        num_inference_steps=steps,
         gen_length=system.gen_length,
         seed=seed,
         batch_size=batch_size,
         on_batch=on_batch,
     )
-
-
-def texts_key(
-    system: System,
-    models: Models,
-    sources: Sequence[str],
-    *,
-    batch_size: int,
-    dtype: str,
-) -> dict[str, Any]:
-    """All that the texts of a system depend on."""
-    rows = hashlib.sha256(json.dumps(list(sources)).encode()).hexdigest()[:16]
-    return {
-        "system": system.settings(),
-        "weights": dict(models.weights),
-        "seed": models.seed,
-        "rows": len(sources),
-        "sources": rows,
-        "batch_size": batch_size,
-        "dtype": dtype,
-        "device": "cuda" if torch.cuda.is_available() else "cpu",
-        "versions": {
-            "tess": VERSION,
-            **{name: importlib.metadata.version(name) for name in ("torch", "transformers")},
-        },
-    }
-
-
-def describe(
-    decoder: Decoder, sources: Sequence[str], texts: Sequence[Generation]
-) -> dict[str, Any]:
-    """What the report says of a decoder, and its floating-point operations per output token."""
-    read = decoder.encode(sources, warn=False)
-    try:
-        flops = decoder.cost([len(row) for row in read.rows], texts).per_output_token
-        why = None
-    except UserError as error:  # a kind of decoding whose cost is not known
-        flops, why = None, str(error)
-    found = decoder.describe()
-    return {
-        "num_parameters": decoder.num_parameters,
-        "scheduler": found.scheduler,
-        "timestep_spacing": found.timestep_spacing,
-        "stop_patience": found.stopping and found.stopping["patience"],
-        "num_candidates": found.num_candidates,
-        "choose_by": found.choose_by,
-        "num_beams": found.num_beams,
-        "num_draft_tokens": found.num_draft_tokens,
-        "length": found.length,
-        "sources_cut": read.num_cut,
-        "flops_per_output_token": flops,
-        "flops_note": why,
-    }
-
-
-# ---- kept results ----
-
-
-def kept_texts(
-    path: Path, key: Mapping[str, Any], ignoring: Collection[str] = ()
-) -> tuple[dict[str, Any], list[dict]] | None:
-    """The description and rows in `path` (.json) and beside it (.jsonl); None: write them anew."""
-    described = kept(path, key, ignoring)
-    rows_path = path.with_suffix(".jsonl")
-    if described is None or not rows_path.is_file():
-        return None
-    try:
-        lines = rows_path.read_text(encoding="utf-8").split("\n")
-        rows = [_checked(json.loads(line)) for line in lines if line]
-    except ValueError:
-        return None
-    return (described, rows) if len(rows) == key["rows"] else None
-
-
-def _checked(row: dict[str, Any]) -> dict[str, Any]:
-    """Rows of versions that did not count the checks of ar+mtp: one for each evaluation more."""
-    if row["num_drafted"] and not row["num_verifications"]:
-        row["num_verifications"] = row["nfe"] - 1
-    return row
-
-
-def keep_texts(
-    path: Path, key: Mapping[str, Any], described: Mapping[str, Any], texts: Sequence[Generation]
-) -> list[dict[str, Any]]:
-    """Write rows, then what they depend on; return the rows as they are kept."""
-    rows = [{name: getattr(text, name) for name in _KEPT} for text in texts]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.unlink(missing_ok=True)  # so that it never describes rows of another run
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_atomically(path.with_suffix(".jsonl"), lines)
-    keep(path, key, dict(described))
-    return rows

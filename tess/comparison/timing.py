@@ -15,11 +15,16 @@ from typing import Any
 import torch
 
 from tess.cli import CHECKOUT
-from tess.comparison.progress import MEMORY, SINGLE, Progress, row_work
-from tess.comparison.recipe import Recipe, System
-from tess.comparison.systems import Models, load_system, write_texts
+from tess.comparison.progress import MEMORY, SINGLE, row_work, timing_work
+from tess.comparison.recipe import System
+from tess.comparison.report import Latency, Throughput, Timing, from_json, to_json
+from tess.comparison.state import Comparison, Models
+from tess.comparison.systems import load_system, write_texts
+from tess.comparison.texts import texts_key
+from tess.costs.machine import TIMING, environment, resident_peak
 from tess.decoders.base import Decoder, Generation
 from tess.errors import UserError
+from tess.storage.kept import keep, kept
 
 WARM_UP = 2
 """Texts that are written before a clock runs."""
@@ -44,19 +49,60 @@ def evenly_spaced(count: int, wanted: int) -> list[int]:
     return [index * count // wanted for index in range(wanted)]
 
 
-def time_systems(
-    recipe: Recipe,
-    systems: Sequence[System],
-    models: Models,
-    chosen: Sequence[str],
-    progress: Progress,
-) -> dict[str, dict[str, Any]]:
+def time_all(run: Comparison) -> dict[str, Timing]:
+    """Latency, throughput and memory of every system but the untrained one, by name.
+
+    Those that are there, of the same setting, are not measured again.
+
+    Raises:
+        UserError: one is not timed where only a report is asked for.
+    """
+    setting, reports = environment(TIMING), run.only == "report"
+    rows = evenly_spaced(len(run.sources), run.recipe.timing_rows)
+    chosen = [run.sources[i] for i in rows]
+    found: dict[str, Timing] = {}
+    missing = {}
+    for system in run.systems:
+        if system.untrained:
+            continue
+        path, key = run.folder / "timings" / f"{system.name}.json", _key(run, system, chosen)
+        key["setting"] = setting
+        value = kept(path, key, ("device", "setting") if reports else ())
+        if value is None:
+            missing[system] = path, key
+            continue
+        found[system.name] = from_json(Timing, value)
+        run.progress.skip(timing_work(run.recipe, system, len(run.sources)))
+        if not reports:
+            run.say(f"{system.name}: timings are there already")
+    if missing and reports:
+        raise UserError(f"{next(iter(missing)).name} is not timed yet; run --only decode")
+    if missing:
+        timed = _time(run, list(missing), chosen, setting)
+        for system, (path, key) in missing.items():
+            found[system.name] = timed[system.name]
+            keep(path, key, to_json(found[system.name]))
+    return {system.name: found[system.name] for system in run.systems if not system.untrained}
+
+
+def _key(run: Comparison, system: System, chosen: Sequence[str]) -> dict[str, Any]:
+    recipe = run.recipe
+    size = {"batch_size": recipe.batch_size, "dtype": recipe.dtype}
+    return texts_key(system, run.first_models, chosen, **size) | {
+        "batch_sizes": list(recipe.batch_sizes),
+        "memory": recipe.memory,
+        "repeats": recipe.timing_repeats,
+    }
+
+
+def _time(
+    run: Comparison, systems: Sequence[System], chosen: Sequence[str], setting: Mapping[str, Any]
+) -> dict[str, Timing]:
     """All systems on the sources `chosen`, in turns, so that their times can be compared.
 
-    Returns:
-        `latency`, `throughput`, `peak_memory_bytes`, `peak_memory_batch_size` and `load_average`
-        (of the machine before it began), by the name of the system.
+    load_average: of the machine before it began.
     """
+    recipe, models, progress = run.recipe, run.first_models, run.progress
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     loaded = {system: load_system(system, models, recipe.dtype) for system in systems}
     given = {"seed": models.seed, "repeats": recipe.timing_repeats}
@@ -77,37 +123,30 @@ def time_systems(
         else:
             batches[batch_size] = throughputs(loaded, chosen, batch_size, advance=batched, **given)
     loaded.clear()
-    peaks = _peaks(recipe, systems, models, chosen, progress)
+    peaks = _peaks(run, systems, chosen)
     for system in systems:
-        progress.say(f"{system.name}: timed, {alone[system.name]['median_ms']:.0f} ms a text")
+        run.say(f"{system.name}: timed, {alone[system.name].median_ms:.0f} ms a text")
     return {
-        system.name: {
-            "latency": alone[system.name],
-            "throughput": [batch[system.name] for batch in batches.values()],
-            "peak_memory_bytes": peaks[system.name],
-            "peak_memory_batch_size": max(recipe.batch_sizes),
-            "load_average": load,
-        }
+        system.name: Timing(
+            setting=setting,
+            latency=alone[system.name],
+            throughput=[batch[system.name] for batch in batches.values()],
+            peak_memory_bytes=peaks[system.name],
+            peak_memory_batch_size=max(recipe.batch_sizes),
+            load_average=load,
+        )
         for system in systems
     }
 
 
-def _batch_of_one(latency: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "batch_size": 1,
-        "new_tokens_per_second": latency["new_tokens_per_second"],
-        "texts": latency["texts"],
-        "texts_per_second": 1e3 / latency["mean_ms"],
-    }
+def _batch_of_one(one: Latency) -> Throughput:
+    return Throughput(1, one.new_tokens_per_second, one.texts, 1e3 / one.mean_ms)
 
 
 def _peaks(
-    recipe: Recipe,
-    systems: Sequence[System],
-    models: Models,
-    chosen: Sequence[str],
-    progress: Progress,
+    run: Comparison, systems: Sequence[System], chosen: Sequence[str]
 ) -> dict[str, int | None]:
+    recipe, models, progress = run.recipe, run.first_models, run.progress
     most = max(recipe.batch_sizes)
     if not recipe.memory:
         return dict.fromkeys((system.name for system in systems), None)
@@ -126,7 +165,7 @@ def _peaks(
 
 def latencies(
     loaded: Loaded, sources: Sequence[str], *, seed: int, repeats: int, advance: Advance
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, Latency]:
     """Milliseconds per text at batch 1 after a warm-up, by the name of the system.
 
     The systems write each source in turn, so that other work of the machine meets them alike, and
@@ -145,14 +184,14 @@ def latencies(
                 tokens[system] += texts[0].num_new_tokens if at_repeat == 0 else 0
                 advance(system, 1)
     return {
-        system.name: {
-            "median_ms": statistics.median(own),
-            "p90_ms": sorted(own)[math.ceil(0.9 * len(own)) - 1],
-            "mean_ms": statistics.mean(own),
-            "new_tokens_per_second": 1e3 * tokens[system] / sum(own),
-            "texts": len(own),
-            "repeats": repeats,
-        }
+        system.name: Latency(
+            median_ms=statistics.median(own),
+            p90_ms=sorted(own)[math.ceil(0.9 * len(own)) - 1],
+            mean_ms=statistics.mean(own),
+            new_tokens_per_second=1e3 * tokens[system] / sum(own),
+            texts=len(own),
+            repeats=repeats,
+        )
         for system, own in times.items()
     }
 
@@ -165,7 +204,7 @@ def throughputs(
     seed: int,
     repeats: int,
     advance: Advance,
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, Throughput]:
     """New tokens per second at a batch size, padding not counted, by the name of the system.
 
     In whole batches: the sources are repeated until the last one is full. In turns, and the
@@ -173,23 +212,22 @@ def throughputs(
     """
     count = batch_size * math.ceil(len(sources) / batch_size)
     rows = [sources[index % len(sources)] for index in range(count)]
-    found: dict[str, dict[str, Any]] = {
-        system.name: {"batch_size": batch_size, "new_tokens_per_second": None, "texts": count}
-        for system in loaded
-    }
-    best = dict.fromkeys(loaded, math.inf)
+    best, tokens = dict.fromkeys(loaded, math.inf), {}
     fitting = {s: d for s, d in loaded.items() if _fits(s, d, rows[:batch_size], seed)}
     for _ in range(repeats):
         for system, decoder in fitting.items():
             seconds, texts = _timed(system, decoder, rows, seed, batch_size)
             best[system] = min(best[system], seconds)
-            tokens = sum(text.num_new_tokens for text in texts)
-            found[system.name] |= {
-                "new_tokens_per_second": tokens / best[system],
-                "texts_per_second": count / best[system],
-            }
+            tokens[system] = sum(text.num_new_tokens for text in texts)
             advance(system, count)
-    return found
+    return {
+        system.name: Throughput(
+            batch_size, tokens[system] / best[system], count, count / best[system]
+        )
+        if system in fitting
+        else Throughput(batch_size, None, count)
+        for system in loaded
+    }
 
 
 def _fits(system: System, decoder: Decoder, rows: Sequence[str], seed: int) -> bool:
@@ -262,7 +300,4 @@ def measure_peak(spec: Mapping[str, Any]) -> int | None:
         write_texts(system, decoder, rows, seed=spec["seed"], batch_size=len(rows))
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    if sys.platform != "linux":
-        return None
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    return resident_peak()

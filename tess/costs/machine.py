@@ -1,43 +1,67 @@
-"""What machine and which versions a figure belongs to."""
+"""What machine and which versions a figure belongs to, and how much memory a process took."""
 
-import importlib.metadata
 import os
 import platform
 import subprocess
+import sys
+from collections.abc import Callable, Sequence
 from datetime import date
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from tess.version import VERSION
 
-EVALUATION_PACKAGES = ("torch", "transformers", "diffusers", "sacrebleu", "rouge-score")
+
+def accelerator() -> str | None:
+    """The name of the GPU that torch uses."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
-def evaluation_versions() -> dict[str, str]:
-    return {
-        "python": platform.python_version(),
-        "tess-diffusion": VERSION,
-        **{package: importlib.metadata.version(package) for package in EVALUATION_PACKAGES},
-    }
+_FACTS: dict[str, Callable[[], Any]] = {
+    "date": lambda: date.today().isoformat(),
+    "processor": lambda: platform.processor() or platform.machine(),
+    "threads": torch.get_num_threads,
+    "torch_threads": torch.get_num_threads,
+    "python": platform.python_version,
+    "cpu_count": os.cpu_count,
+    "accelerator": accelerator,
+    "system": platform.system,
+    "architecture": platform.machine,
+    "tess-diffusion": lambda: VERSION,
+}
+
+TIMING = ("processor", "threads", "python", "torch", "transformers", "accelerator")
+"""What a time depends on beside what was timed."""
+
+BENCHMARK = ("date", *TIMING[:-1])
+COMPARISON = (
+    *BENCHMARK, "cpu_count", "accelerator", "tess-diffusion",
+    "diffusers", "accelerate", "tokenizers", "numpy", "sacrebleu", "rouge-score",
+)  # fmt: skip
+VERSIONS = (
+    "python", "tess-diffusion", "torch", "transformers", "diffusers", "sacrebleu", "rouge-score"
+)  # fmt: skip
+MACHINE = ("system", "architecture", "cpu_count", "torch_threads", "accelerator")
+"""The last two are of an evaluation."""
 
 
-def machine() -> dict[str, Any]:
-    return {
-        "system": platform.system(),
-        "architecture": platform.machine(),
-        "cpu_count": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }
+def environment(names: Sequence[str] = BENCHMARK) -> dict[str, Any]:
+    """The facts of these names, in their order; a name of none is a package, and gives its version.
+
+    Raises:
+        PackageNotFoundError: such a package is not installed.
+    """
+    return {name: _FACTS[name]() if name in _FACTS else version(name) for name in names}
 
 
 def gpu_environment(device: torch.device) -> dict[str, Any]:
-    """What a figure has to name: date, device, driver, versions."""
-    found: dict[str, Any] = {
-        "date": date.today().isoformat(), "device": platform.processor() or platform.machine(),
+    """What a figure of one device has to name; there may be neither driver nor transformers."""
+    found: dict[str, Any] = environment(["date"]) | {
+        "device": platform.processor() or platform.machine(),
         "driver": None, "capability": None, "memory_bytes": None, "cuda": torch.version.cuda,
         "python": platform.python_version(), "torch": torch.__version__,
         "triton": import_module("triton").__version__,
@@ -65,36 +89,14 @@ def _driver() -> str | None:
     return out.stdout.splitlines()[0].strip() if out.stdout.strip() else None
 
 
-COMPARISON_PACKAGES = ("diffusers", "accelerate", "tokenizers", "numpy", "sacrebleu", "rouge-score")
+def resident_peak() -> int | None:
+    """Most bytes that this process has had resident; None on a system other than Linux."""
+    if sys.platform != "linux":
+        return None
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
-def comparison_environment() -> dict[str, Any]:
-    versions = {name: importlib.metadata.version(name) for name in COMPARISON_PACKAGES}
-    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        **environment(),
-        "cpu_count": os.cpu_count(),
-        "accelerator": accelerator,
-        "tess-diffusion": VERSION,
-        **versions,
-    }
-
-
-def timing_setting() -> dict[str, Any]:
-    """What a time depends on beside the system."""
-    found = environment()
-    found.pop("date")
-    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return found | {"accelerator": accelerator}
-
-
-def environment() -> dict[str, Any]:
-    """What a figure has to name: date, machine, threads, versions."""
-    packages = ("torch", "transformers")
-    return {
-        "date": date.today().isoformat(),
-        "processor": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in packages},
-    }
+def forget_resident_peak() -> None:
+    """Let `resident_peak` begin anew (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")

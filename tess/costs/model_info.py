@@ -23,7 +23,7 @@ from tess.costs.roofline import (
 )
 from tess.denoiser import TessDenoiser
 from tess.errors import UserError
-from tess.storage.hub import local_folder
+from tess.storage.hub import CONFIGS, local_folder
 from tess.storage.parts import read_config
 
 
@@ -128,7 +128,7 @@ def idle_parameters(model: nn.Module, config: HybridConfig) -> int:
 
 def _model_folders(place: Path | str) -> list[Path]:
     try:
-        folder = local_folder(place)
+        folder = local_folder(place, CONFIGS)
     except UserError as error:
         raise UserError(f"{error}{_or_preset(place)}") from error
     places = [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]

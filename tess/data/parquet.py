@@ -46,10 +46,12 @@ def read_parquet(
 def _is_json(schema: pyarrow.Schema, name: str) -> bool:
     """Whether the column, or the lists in it, hold strings in JSON's spelling."""
     field = schema.field(name)
-    features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    feature = features.get("info", {}).get("features", {}).get(name)
-    marks = (str(field.type), str(field.metadata), json.dumps(feature))
-    return "arrow.json" in f"{marks[0]} {marks[1]}" or '"_type": "Json"' in marks[2]
+    try:
+        metadata = json.loads((schema.metadata or {})[b"huggingface"])
+        feature = json.dumps(metadata["info"]["features"][name])
+    except (KeyError, TypeError, ValueError):  # none, or not as `datasets` writes it
+        feature = ""
+    return "arrow.json" in f"{field.type} {field.metadata}" or '"_type": "Json"' in feature
 
 
 def _decoded(value: Any, what: str) -> Any:

@@ -175,7 +175,8 @@ def _read_jsonl(path: Path) -> Iterator[Record]:
             record = json.loads(line, object_pairs_hook=unique_keys)
         except json.JSONDecodeError as error:
             raise UserError(
-                f"{path}, {where}: not a JSON object ({error.msg}, column {error.colno})"
+                f"{path}, {where}: expected a JSON object, found other text ({error.msg}, column "
+                f"{error.colno}); JSONL has one object on each line"
             ) from error
         except (RecursionError, ValueError) as error:
             raise UserError(f"{path}, {where}: {error}") from error

@@ -1,19 +1,37 @@
 """The `ar` and `ar+mtp` decoders: token by token, or several checked at a time."""
 
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+    StopStringCriteria,
+    SuppressTokensLogitsProcessor,
+)
 
 from tess.backbones.causal_lm import DRAFT_TOKENS
 from tess.costs.decoding import ar_flops, mtp_flops
-from tess.decoders.base import Decoder, Description, Generation
+from tess.decoders.base import Decoder, Description, Generation, Sources
+from tess.decoders.generation_settings import GenerationSettings, only_given_options
 from tess.errors import UserError
 from tess.kernels import random
+from tess.sampling.request import Request
 from tess.schedulers.renoising import sample_nucleus
 from tess.storage.parts import Parts
+from tess.text.end_tokens import end_tokens
 from tess.text.padding import pad_left
+from tess.text.prompts import check_chat, encode_chats, encode_prompts
+from tess.text.tokenization import surplus_ids
+
+logger = logging.getLogger(__name__)
 
 
 class _KeyedNucleus(LogitsProcessor):
@@ -34,34 +52,75 @@ class _KeyedNucleus(LogitsProcessor):
 
 
 def longest_source(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Tokens, by what the tokenizer says of its causal model; None: any."""
+    """Tokens, by what the tokenizer says of its causal model; None: any.
+
+    transformers writes a huge number for "no limit".
+
+    Raises:
+        UserError: no length at all.
+    """
     longest = tokenizer.model_max_length
-    return None if longest > 10**6 else longest  # transformers writes a huge number for "no limit"
+    if not isinstance(longest, int | float) or longest < 1:
+        raise UserError(
+            f"model_max_length of the tokenizer must be a number of at least 1, got {longest!r}"
+        )
+    return None if longest > 10**6 else int(longest)
 
 
 class ArDecoder(Decoder):
-    """One token per network evaluation, through the cache: greedy, or sampled with `top_p`."""
+    """One token per network evaluation, through the cache: greedy, or sampled with `top_p`.
+
+    What was trained here reads `<s> source </s>` and writes the target. A released model goes on
+    with the text as it stands, or with `chat` answers it, laid out by the tokenizer's template.
+
+    Raises:
+        UserError: `chat` without a template.
+    """
 
     name = "ar"
+
+    def __init__(self, parts: Parts, *, chat: bool = False) -> None:
+        super().__init__(parts)
+        if chat:
+            check_chat(self.tokenizer)
+        self.chat = chat
+        self.settings = GenerationSettings.of(self.model.generation_config)
+        if notice := self.settings.notice():
+            logger.warning("%s", notice)
 
     @property
     def max_source_length(self) -> int | None:
         return longest_source(self.tokenizer)
 
+    def encode(self, texts: Sequence[str], strict: bool = False, warn: bool = True) -> Sources:
+        """As `Decoder.encode`; a chat that is too long is refused, its template would be cut."""
+        return super().encode(texts, strict or self.chat, warn)
+
+    @property
+    def closes_sources(self) -> bool:
+        """So in what was trained here, and in no other causal model."""
+        return self.model.config.eos_after_source and not self.chat
+
+    def _lay_out(self, texts: Sequence[str]) -> list[list[int]]:
+        if self.closes_sources:
+            return super()._lay_out(texts)
+        return (encode_chats if self.chat else encode_prompts)(self.tokenizer, texts)
+
     def describe(self) -> Description:
-        return Description()
+        return Description(generation_config=self.settings.report())
 
     def _flops(self, source_length: int, text: Generation) -> float:
         return ar_flops(self.model.config, source_length, text.nfe)
 
     def _batch(
-        self, rows, keys, num_inference_steps, gen_length, top_p, temperature
+        self, rows: list[list[int]], keys: Tensor, request: Request
     ) -> list[Generation]:
-        if gen_length is not None and not isinstance(gen_length, int):
+        longest = request.gen_length
+        if longest is not None and not isinstance(longest, Integral):
             raise UserError(
                 "decoders that go token by token take one gen_length for all sources, got one each"
             )
-        if num_inference_steps is not None:
+        if request.num_inference_steps is not None:
             raise UserError(
                 "num_inference_steps belongs to the tess decoder; ar takes one evaluation per "
                 "token, and ar+mtp fewer"
@@ -70,23 +129,43 @@ class ArDecoder(Decoder):
         device = self.model.device
         width = source["source_ids"].shape[1]
         choice = LogitsProcessorList()
-        if top_p is not None:
-            choice.append(_KeyedNucleus(keys.to(device), width, top_p, temperature))
-        return self._write(
-            width,
-            input_ids=source["source_ids"].to(device),
-            attention_mask=source["source_mask"].to(device),
-            max_new_tokens=gen_length or self.model.generation_config.max_new_tokens or 128,
-            pad_token_id=self.tokenizer.pad_token_id,
-            eos_token_id=self.tokenizer.eos_token_id,
-            do_sample=False,
-            logits_processor=choice,
-        )
+        if surplus := surplus_ids(self.tokenizer, self.model.config.vocab_size):
+            choice.append(SuppressTokensLogitsProcessor(surplus, device=device))
+        if request.top_p is not None:
+            choice.append(
+                _KeyedNucleus(keys.to(device), width, request.top_p, request.temperature)
+            )
+        longest = longest or self.model.generation_config.max_new_tokens or 128
+        settings = dict(self.settings.honoured)
+        strings, stops = settings.pop("stop_strings", None), StoppingCriteriaList()
+        with only_given_options(self.model), self.settings.checked():
+            if strings:
+                stops.append(StopStringCriteria(self.tokenizer, strings))
+            return self._write(
+                width,
+                input_ids=source["source_ids"].to(device),
+                attention_mask=source["source_mask"].to(device),
+                max_new_tokens=longest,
+                pad_token_id=self.tokenizer.pad_token_id,
+                eos_token_id=list(end_tokens(self.tokenizer)),
+                do_sample=False,
+                logits_processor=choice,
+                stopping_criteria=stops,
+                **settings,
+            )
 
     def _write(self, width: int, **options: Any) -> list[Generation]:
         """Call the model's `generate`; `width` tokens of every row are the source."""
         sequences = self.model.generate(**options)
-        return [self._generation(ids) for ids in sequences[:, width:].tolist()]
+        return [self._generation(ids) for ids in self._new_tokens(sequences, width)]
+
+    def _new_tokens(self, sequences: Tensor, width: int) -> list[list[int]]:
+        rows = sequences[:, width:].tolist()
+        if "stop_strings" in self.settings.honoured:  # a row that is done goes on with padding
+            for row in rows:
+                while row and row[-1] == self.tokenizer.pad_token_id:
+                    row.pop()
+        return rows
 
 
 class ArMtpDecoder(ArDecoder):
@@ -98,8 +177,10 @@ class ArMtpDecoder(ArDecoder):
 
     name = "ar+mtp"
 
-    def __init__(self, parts: Parts, num_draft_tokens: int = DRAFT_TOKENS) -> None:
-        super().__init__(parts)
+    def __init__(
+        self, parts: Parts, num_draft_tokens: int = DRAFT_TOKENS, *, chat: bool = False
+    ) -> None:
+        super().__init__(parts, chat=chat)
         if self.model.mtp is None:
             raise UserError(
                 "ar+mtp needs a checkpoint with a multi-token predictor, and this one has none "
@@ -110,7 +191,7 @@ class ArMtpDecoder(ArDecoder):
         self.num_draft_tokens = num_draft_tokens
 
     def describe(self) -> Description:
-        return Description(num_draft_tokens=self.num_draft_tokens)
+        return replace(super().describe(), num_draft_tokens=self.num_draft_tokens)
 
     def _flops(self, source_length: int, text: Generation) -> float:
         return mtp_flops(
@@ -129,7 +210,7 @@ class ArMtpDecoder(ArDecoder):
                 ids, nfe, num_drafted=drafted, num_accepted=accepted, num_verifications=nfe - 1
             )
             for ids, nfe, drafted, accepted in zip(
-                out.sequences[:, width:].tolist(),
+                self._new_tokens(out.sequences, width),
                 out.num_forwards.tolist(),
                 out.num_drafted.tolist(),
                 out.num_accepted.tolist(),

@@ -7,22 +7,20 @@ as `ar` too, from whole drafts by `tess`.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.utils import logging as transformers_logging
 
 from tess.costs.decoding import DecodingCost
-from tess.errors import UserError
+from tess.options import check_count
 from tess.sampling.request import Request
-from tess.sampling.sources import draw_seed, example_keys
+from tess.sampling.sources import seeded_keys
 from tess.storage.parts import Parts
-from tess.text.tokenization import cut_sources, decode, encode_sources
-
-DECODERS = ("tess", "ar", "ar+mtp", "tess+ar")
+from tess.text.alphabet import warn_of_strange_texts
+from tess.text.end_tokens import end_tokens, through_end
+from tess.text.tokenization import cut_sources, decode, encode_sources, padding_ids
 
 
 @dataclass(frozen=True)
@@ -66,6 +64,7 @@ class Description:
     num_candidates, choose_by: texts per source, and one of `tess.sampling.candidates.CHOICES`,
         None where there is no choice.
     num_draft_tokens: drafted at a time. num_beams, length_penalty: of a search.
+    generation_config: of ar: what of the folder's own settings is "honoured" and what "ignored".
     """
 
     scheduler: str | None = None
@@ -78,6 +77,7 @@ class Description:
     num_draft_tokens: int | None = None
     num_beams: int = 1
     length_penalty: float | None = None
+    generation_config: Mapping[str, Mapping[str, Any]] | None = None
 
 
 @dataclass(frozen=True)
@@ -113,48 +113,36 @@ class Decoder(ABC):
         self,
         texts: list[str],
         *,
-        num_inference_steps: int | None = None,
-        gen_length: int | Sequence[int] | None = None,
         seed: int = 0,
         batch_size: int = 8,
-        top_p: float | None = None,
-        temperature: float = 1.0,
-        progress: bool = False,
         strict: bool = False,
         on_batch: OnBatch | None = None,
         finished: Mapping[int, Generation] | None = None,
+        **request: Any,
     ) -> list[Generation]:
         """Write one text for every source.
 
         Args:
             texts: sources; a too long one is cut with a warning, or refused with `strict`.
-            num_inference_steps: of tess; default 16, or all training steps where they are fewer.
-            gen_length: most new tokens, `</s>` included, for tess also one number per source;
-                default: by the checkpoint's length head or rule.
             seed: the same seed gives the same texts, in any batch size and order; equal sources get
                 texts of their own, in the order they come.
             batch_size: texts at once.
-            top_p: None takes the likeliest token; else the mass of the nucleus to sample from.
-            temperature: divides the logits; only with top_p.
-            progress: show a bar.
             on_batch: called after each batch.
             finished: texts of an earlier, equal call by the number of their source; a batch of
                 which all are there is not written again.
+            request: num_inference_steps, gen_length, top_p, temperature: the fields of
+                `tess.sampling.request.Request`. Steps and a length for each source are for tess.
 
         Raises:
             UserError: an empty text, or an argument out of range.
         """
         return self.generate_ids(
             self.encode(texts, strict).rows,
-            num_inference_steps=num_inference_steps,
-            gen_length=gen_length,
             seed=seed,
             batch_size=batch_size,
-            top_p=top_p,
-            temperature=temperature,
-            progress=progress,
             on_batch=on_batch,
             finished=finished,
+            **request,
         )
 
     def encode(self, texts: Sequence[str], strict: bool = False, warn: bool = True) -> Sources:
@@ -164,61 +152,56 @@ class Decoder(ABC):
             UserError: an empty text, and with `strict` one that is too long.
         """
         longest = self.max_source_length
-        rows = encode_sources(self.tokenizer, texts)
+        rows = self._lay_out(texts)
+        if warn:
+            warn_of_strange_texts(self.tokenizer, texts)
         num_cut = 0 if longest is None else sum(len(row) > longest for row in rows)
-        return Sources(cut_sources(rows, longest, strict, warn), num_cut)
+        return Sources(cut_sources(rows, longest, strict, warn, self.closes_sources), num_cut)
+
+    @property
+    def closes_sources(self) -> bool:
+        """Whether an end token stands between the source and what is written."""
+        return True
+
+    def _lay_out(self, texts: Sequence[str]) -> list[list[int]]:
+        return encode_sources(self.tokenizer, texts)
 
     @torch.no_grad()
     def generate_ids(
         self,
         rows: Sequence[Sequence[int]],
         *,
-        num_inference_steps: int | None = None,
-        gen_length: int | Sequence[int] | None = None,
         seed: int = 0,
         batch_size: int = 8,
-        top_p: float | None = None,
-        temperature: float = 1.0,
-        progress: bool = False,
         on_batch: OnBatch | None = None,
         finished: Mapping[int, Generation] | None = None,
+        **request: Any,
     ) -> list[Generation]:
         """As `generate`, for sources as laid-out token ids."""
-        check_request(gen_length, len(rows), batch_size, top_p, temperature)
+        asked = Request(**request)
+        asked.lengths(len(rows))  # as many as there are sources
+        check_count("batch_size", batch_size)
         self.model.eval()
         # One key per source over all rows, so that its noise does not depend on the batches.
-        keys = example_keys(rows, draw_seed(torch.Generator().manual_seed(seed)))
+        keys = seeded_keys(rows, seed)
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         results = dict(finished or {})
-        bar = (
-            transformers_logging.tqdm(total=len(rows), desc=self.name, leave=False)
-            if progress
-            else nullcontext()
-        )
-        with bar:
-            for start in range(0, len(order), batch_size):
-                chosen = order[start : start + batch_size]
-                if all(i in results for i in chosen):
-                    continue
-                batch = [list(rows[i]) for i in chosen]
-                lengths = gen_length
-                if gen_length is not None and not isinstance(gen_length, int):
-                    lengths = [gen_length[i] for i in chosen]
-                written = self._batch(
-                    batch, keys[chosen], num_inference_steps, lengths, top_p, temperature
-                )
-                done = dict(zip(chosen, written, strict=True))
-                results |= done
-                if on_batch is not None:
-                    on_batch(done)
-                if progress:
-                    bar.update(len(chosen))
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            if all(i in results for i in chosen):
+                continue
+            batch = [list(rows[i]) for i in chosen]
+            written = self._batch(batch, keys[chosen], asked.select(chosen))
+            done = dict(zip(chosen, written, strict=True))
+            results |= done
+            if on_batch is not None:
+                on_batch(done)
         return [results[i] for i in range(len(rows))]
 
     def _generation(self, ids: list[int], nfe: int | None = None, **drafts: int) -> Generation:
-        eos, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
-        written = ids[: ids.index(eos) + 1] if eos in ids else ids
-        kept = [token for token in written if token != pad or token == eos]
+        written = through_end(ids, end_tokens(self.tokenizer))
+        padding = padding_ids(self.tokenizer)
+        kept = [token for token in written if token not in padding]
         evaluations = len(written) if nfe is None else nfe
         text = decode(self.tokenizer, kept)
         return Generation(text, kept, len(kept), evaluations, **drafts)
@@ -249,29 +232,6 @@ class Decoder(ABC):
 
     @abstractmethod
     def _batch(
-        self,
-        rows: list[list[int]],
-        keys: Tensor,
-        num_inference_steps: int | None,
-        gen_length: int | Sequence[int] | None,
-        top_p: float | None,
-        temperature: float,
+        self, rows: list[list[int]], keys: Tensor, request: Request
     ) -> list[Generation]:
         """Write one text for every row, in one batch."""
-
-
-def check_request(
-    gen_length: int | Sequence[int] | None,
-    rows: int,
-    batch_size: int,
-    top_p: float | None,
-    temperature: float,
-) -> None:
-    lengths = [gen_length] if isinstance(gen_length, int) else list(gen_length or [1])
-    if min(lengths) < 1:
-        raise UserError(f"gen_length must be at least 1, got {min(lengths)}")
-    if gen_length is not None and not isinstance(gen_length, int) and len(lengths) != rows:
-        raise UserError(f"gen_length must be one number or {rows}, got {len(lengths)}")
-    if batch_size < 1:
-        raise UserError(f"batch_size must be at least 1, got {batch_size}")
-    Request(top_p=top_p, temperature=temperature)

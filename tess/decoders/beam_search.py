@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -11,6 +12,7 @@ from tess.backbones.causal_lm import HybridForCausalLM
 from tess.decoders.autoregressive import ArDecoder
 from tess.decoders.base import Description, Generation
 from tess.errors import UserError
+from tess.sampling.request import Request
 from tess.storage.parts import Parts
 
 LENGTH_PENALTY = 1.0
@@ -38,8 +40,15 @@ class BeamDecoder(ArDecoder):
         UserError: an argument out of range; in `generate` also top_p, which is for sampling.
     """
 
-    def __init__(self, parts: Parts, num_beams: int, length_penalty: float | None = None) -> None:
-        super().__init__(parts)
+    def __init__(
+        self,
+        parts: Parts,
+        num_beams: int,
+        length_penalty: float | None = None,
+        *,
+        chat: bool = False,
+    ) -> None:
+        super().__init__(parts, chat=chat)
         length_penalty = LENGTH_PENALTY if length_penalty is None else length_penalty
         if num_beams < 2:
             raise UserError(f"num_beams must be at least 2 for a beam search, got {num_beams}")
@@ -48,20 +57,21 @@ class BeamDecoder(ArDecoder):
         self.num_beams, self.length_penalty = num_beams, length_penalty
 
     def describe(self) -> Description:
-        return Description(num_beams=self.num_beams, length_penalty=self.length_penalty)
+        described = super().describe()
+        return replace(described, num_beams=self.num_beams, length_penalty=self.length_penalty)
 
     def _flops(self, source_length: int, text: Generation) -> float:
         return self.num_beams * super()._flops(source_length, text)
 
     def _batch(
-        self, rows, keys, num_inference_steps, gen_length, top_p, temperature
+        self, rows: list[list[int]], keys: Tensor, request: Request
     ) -> list[Generation]:
-        if top_p is not None:
+        if request.top_p is not None:
             raise UserError(
                 f"top_p samples and num_beams {self.num_beams} searches for the likeliest text; "
                 "give one of them"
             )
-        return super()._batch(rows, keys, num_inference_steps, gen_length, top_p, temperature)
+        return super()._batch(rows, keys, request)
 
     def _write(self, width: int, **options: Any) -> list[Generation]:
         with _search_steps(self.model) as steps:
@@ -71,10 +81,8 @@ class BeamDecoder(ArDecoder):
                 early_stopping=False,
                 **options,
             )
-        return [
-            self._generation(ids, nfe)
-            for ids, nfe in zip(sequences[:, width:].tolist(), sum(steps).tolist(), strict=True)
-        ]
+        written = zip(self._new_tokens(sequences, width), sum(steps).tolist(), strict=True)
+        return [self._generation(ids, nfe) for ids, nfe in written]
 
 
 @contextmanager

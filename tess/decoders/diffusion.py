@@ -4,16 +4,16 @@ import math
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tess.costs.decoding import tess_flops
-from tess.decoders.base import Decoder, Description, Generation, check_request
+from tess.decoders.base import Decoder, Description, Generation
 from tess.errors import UserError
 from tess.pipeline import TessPipeline, TessPipelineOutput
 from tess.sampling.loop import TraceHook
 from tess.sampling.options import SamplerOptions
-from tess.sampling.sources import draw_seed, example_keys
+from tess.sampling.request import Request
+from tess.sampling.sources import seeded_keys
 from tess.schedulers.family import name_of
 from tess.storage.parts import Parts
 
@@ -72,14 +72,11 @@ class TessDecoder(Decoder):
         self,
         texts: list[str],
         *,
-        num_inference_steps: int | None = None,
-        gen_length: int | None = None,
         seed: int = 0,
-        top_p: float | None = None,
-        temperature: float = 1.0,
         strict: bool = False,
         fixed_tokens: Tensor | None = None,
         on_trace: TraceHook | None = None,
+        **request: Any,
     ) -> tuple[list[Generation], TessPipelineOutput]:
         """As `generate`, in one batch, beside what the pipeline gave, its trace included.
 
@@ -87,11 +84,9 @@ class TessDecoder(Decoder):
         see `TessPipeline`.
         """
         rows = self.encode(texts, strict).rows
-        check_request(gen_length, len(rows), 1, top_p, temperature)
         self.model.eval()
-        keys = example_keys(rows, draw_seed(torch.Generator().manual_seed(seed)))
         out = self._run(
-            rows, keys, num_inference_steps, gen_length, top_p, temperature,
+            rows, seeded_keys(rows, seed), Request(**request),
             fixed_tokens=fixed_tokens, return_trace=True, on_trace=on_trace,
         )
         return self._generations(out), out
@@ -104,24 +99,16 @@ class TessDecoder(Decoder):
         return self.flops(source_length, text.canvas_length, text.nfe)
 
     def _batch(
-        self, rows, keys, num_inference_steps, gen_length, top_p, temperature
+        self, rows: list[list[int]], keys: Tensor, request: Request
     ) -> list[Generation]:
-        out = self._run(rows, keys, num_inference_steps, gen_length, top_p, temperature)
-        return self._generations(out)
+        return self._generations(self._run(rows, keys, request))
 
     def _run(
-        self, rows, keys, num_inference_steps, gen_length, top_p, temperature, **more: Any
+        self, rows: list[list[int]], keys: Tensor, request: Request, **more: Any
     ) -> TessPipelineOutput:
         return self.pipeline(
-            input_ids=rows,
-            gen_length=gen_length,
-            num_inference_steps=num_inference_steps,
-            top_p=top_p,
-            temperature=temperature,
-            keys=keys,
-            output_type="seq",
-            options=self.options,
-            **more,
+            input_ids=rows, keys=keys, output_type="seq", options=self.options,
+            **vars(request), **more,
         )
 
     def _generations(self, out: TessPipelineOutput) -> list[Generation]:

@@ -6,10 +6,12 @@ from pathlib import Path
 import torch
 
 from tess.backbones.causal_lm import DRAFT_TOKENS
+from tess.backbones.damage import fault_in
 from tess.decoders.autoregressive import ArDecoder, ArMtpDecoder
-from tess.decoders.base import DECODERS, Decoder
+from tess.decoders.base import Decoder
 from tess.decoders.beam_search import BeamDecoder, wants_beams
 from tess.decoders.diffusion import TessDecoder
+from tess.decoders.options import DECODERS
 from tess.decoders.verified import DraftVerifyDecoder
 from tess.errors import UserError
 from tess.sampling.options import SamplerOptions
@@ -17,12 +19,14 @@ from tess.storage.hub import local_folder
 from tess.storage.parts import Parts, kind_of, load_parts
 
 
-def make_decoder(parts: Parts, options: SamplerOptions | None = None) -> TessDecoder | ArDecoder:
+def make_decoder(
+    parts: Parts, options: SamplerOptions | None = None, *, chat: bool = False
+) -> TessDecoder | ArDecoder:
     """The decoder of a loaded (or just trained) checkpoint: `tess`, or else `ar`."""
     if parts.scheduler is not None:
         return TessDecoder(parts, options)
     refuse_options(options, ArDecoder.name)
-    return ArDecoder(parts)
+    return ArDecoder(parts, chat=chat)
 
 
 def refuse_options(options: SamplerOptions | None, name: str) -> None:
@@ -38,6 +42,7 @@ def load_decoder(
     options: SamplerOptions | None = None,
     num_beams: int | None = None,
     length_penalty: float | None = None,
+    chat: bool = False,
 ) -> Decoder:
     """Load the decoder called `decoder` from a checkpoint.
 
@@ -51,6 +56,8 @@ def load_decoder(
         options: of tess: scheduler, stopping, guidance, candidates and the like. To choose by "ar"
             without a scorer takes the folder's own causal model.
         num_beams, length_penalty: of ar, see `BeamDecoder`; 1 beam unless given, and 1.0.
+        chat: of ar, ar+mtp and tess+ar: a source is the user's turn in the tokenizer's chat
+            template.
 
     Raises:
         UserError: no such folder, no such decoder in it, or a checkpoint that cannot be used.
@@ -60,16 +67,20 @@ def load_decoder(
     if num_draft_tokens is not None and decoder != ArMtpDecoder.name:
         raise UserError("num_draft_tokens belongs to the ar+mtp decoder")
     folder = local_folder(checkpoint)
-    found = _find(folder)
+    found = find_checkpoints(folder)
     if not found:
+        if fault := fault_in(folder):
+            raise UserError(fault)
         raise UserError(
             f"{folder} is not a checkpoint: expected model_index.json (tess), a hybrid causal "
             "model's config.json (ar), or folders tess/ or ar/"
         )
-    name = decoder or next(name for name in DECODERS if name in found)
+    name = decoder or next(iter(found))
     kind, *verifier = name.removesuffix("+mtp").split("+")
     if not {kind, *verifier} <= set(found):
         raise UserError(f"{folder} has no decoder {name!r}; it has {', '.join(found)}")
+    if chat and name == TessDecoder.name:
+        raise UserError("chat belongs to the ar decoders, and this one is tess")
     beams = wants_beams(name, num_beams, length_penalty)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if options is not None and options.needs_scorer:
@@ -79,16 +90,18 @@ def load_decoder(
     parts = load_parts(found[kind], dtype, device)
     if name == ArMtpDecoder.name:
         refuse_options(options, name)
-        return ArMtpDecoder(parts, DRAFT_TOKENS if num_draft_tokens is None else num_draft_tokens)
+        count = DRAFT_TOKENS if num_draft_tokens is None else num_draft_tokens
+        return ArMtpDecoder(parts, count, chat=chat)
     if verifier:
-        return DraftVerifyDecoder(parts, load_parts(found["ar"], dtype, device), options=options)
+        causal = load_parts(found["ar"], dtype, device)
+        return DraftVerifyDecoder(parts, causal, options=options, chat=chat)
     if beams:
         refuse_options(options, name)
-        return BeamDecoder(parts, num_beams, length_penalty)
-    return make_decoder(parts, options)
+        return BeamDecoder(parts, num_beams, length_penalty, chat=chat)
+    return make_decoder(parts, options, chat=chat)
 
 
-def _find(folder: Path) -> dict[str, Path]:
+def find_checkpoints(folder: Path) -> dict[str, Path]:
     """The checkpoints at or below `folder`, by decoder."""
     if kind := kind_of(folder):
         return {kind: folder}

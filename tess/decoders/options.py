@@ -1,10 +1,12 @@
-"""`SamplerOptions` as flags, which generate.py and evaluate.py share."""
+"""The decoders by name, and `SamplerOptions` as flags: what commands share."""
 
 import argparse
 from dataclasses import MISSING
 from typing import Any
 
 from tess.sampling.options import SamplerOptions
+
+DECODERS = ("tess", "ar", "ar+mtp", "tess+ar")
 
 _KINDS = {int: int, int | None: int, float: float, float | None: float}
 

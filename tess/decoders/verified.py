@@ -16,7 +16,12 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList, PreTrainedTokenizerBase, StoppingCriteriaList
+from transformers import (
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 from tess.backbones.cache import HybridCache
@@ -24,13 +29,15 @@ from tess.backbones.causal_lm import HybridForCausalLM
 from tess.backbones.speculative import ROUNDS_BETWEEN_COMPACTIONS
 from tess.costs.decoding import verified_flops
 from tess.decoders.autoregressive import ArDecoder, longest_source
-from tess.decoders.base import Decoder, Description, Generation
+from tess.decoders.base import Decoder, Description, Generation, Sources
 from tess.decoders.diffusion import TessDecoder
 from tess.decoders.drafts import REDRAFTS, DiffusionDrafts
 from tess.errors import UserError
 from tess.kernels.speculative import match_drafts
 from tess.sampling.options import SamplerOptions
+from tess.sampling.request import Request
 from tess.storage.parts import Parts
+from tess.text.end_tokens import through_end
 
 DRAFT_STEPS = 1
 """Of a draft. With more, fewer of its tokens stay: see docs/benchmarks/drafting-cpu.json."""
@@ -84,7 +91,7 @@ def decode_with_drafts(
         model: over the hybrid cache.
         input_ids: [B, S], left-padded.
         logits_processor: functions of (input_ids, scores), row by row.
-        stopping_criteria: a longest length and end tokens.
+        stopping_criteria: a longest length, end tokens and stop strings.
         draft: what proposes the texts.
         model_kwargs: "attention_mask" [B, S], None: no padding; and what `generate` passes besides.
 
@@ -113,7 +120,7 @@ class _Rounds:
     ) -> None:
         self.model, self.input_ids = model, input_ids
         self.processors, self.draft = processors, draft
-        self.ends, self.limit = _stops(criteria, input_ids.shape[1])
+        self.ends, self.limit, self.strings = _stops(criteria, input_ids.shape[1])
         self.cache = HybridCache()
         self.texts = [Verified([], 0) for _ in range(len(input_ids))]
         self.active = list(range(len(input_ids)))
@@ -123,7 +130,7 @@ class _Rounds:
     def start(self, attention_mask: Tensor | None) -> None:
         """Read the sources; that gives the first token."""
         out = self.model.backbone(
-            self.input_ids, attention_mask=attention_mask, past_key_values=self.cache
+            self.input_ids, attention_mask=attention_mask, cache=self.cache
         )
         drafts = [[] for _ in self.active]
         targets_A1 = self._targets(out.last_hidden_state[:, -1:], drafts)
@@ -140,7 +147,7 @@ class _Rounds:
         )
         last = [[self.texts[row].token_ids[-1]] for row in self.active]
         block_AL = torch.cat([drafts_AK.new_tensor(last), drafts_AK.clamp(min=0)], dim=1)
-        out = self.model.backbone(block_AL, past_key_values=self.cache, mode="verify")
+        out = self.model.backbone(block_AL, cache=self.cache, mode="verify")
         targets_AL = self._targets(out.last_hidden_state, drafts)
         counts_A, next_A = match_drafts(drafts_AK, targets_AL)
         self.cache.advance(out.record, counts_A + 1)
@@ -156,7 +163,8 @@ class _Rounds:
             for row, prefix in zip(self.active, prefixes)
         ]
         drafts = self.draft(list(self.active), prefixes, budgets)
-        return [until(row[:budget], self.ends) for row, budget in zip(drafts, budgets, strict=True)]
+        rooms = zip(drafts, budgets, strict=True)
+        return [through_end(row[:budget], self.ends) for row, budget in rooms]
 
     def _targets(self, hidden_ALH: Tensor, drafts: list[list[int]]) -> Tensor:
         """The model's own choice [A, L] at every position, given what stands before it."""
@@ -187,12 +195,25 @@ class _Rounds:
             out_ALV[asked, offsets] = done_BV[places]
         return out_ALV
 
+    def _until_string(
+        self, row: int, before: list[int], added: list[int]
+    ) -> tuple[list[int], bool]:
+        """The added tokens through the first with which a stop string is complete."""
+        for count in range(1, len(added) + 1) if self.strings else ():
+            own = self.input_ids.new_tensor(before + added[:count])
+            read = torch.cat([self.input_ids[row], own])[None]
+            if bool(self.strings(read, None)[0]):
+                return added[:count], True
+        return added, False
+
     def _append(self, drafts: list[list[int]], counts: list[int], following: list[int]) -> None:
         """Keep each row's agreeing drafts and the model's own token; let finished rows go."""
         staying = []
         for index, (row, drafted, count) in enumerate(zip(self.active, drafts, counts)):
             text = self.texts[row]
-            added = until((drafted[:count] + [following[index]]), self.ends)
+            added = through_end(drafted[:count] + [following[index]], self.ends)
+            added, done = self._until_string(row, text.token_ids, added)
+            count = min(count, len(added))
             written = (text.token_ids + added)[: self.limit]
             self.texts[row] = Verified(
                 written,
@@ -203,7 +224,7 @@ class _Rounds:
             )
             # Reading far beyond the likely end of agreement costs more than a round now and then.
             self.spans[row] = 2 * count + 2 if drafted else self.limit
-            if written[-1] not in self.ends and len(written) < self.limit:
+            if not done and written[-1] not in self.ends and len(written) < self.limit:
                 staying.append(index)
         if len(staying) == len(self.active):
             return
@@ -211,38 +232,33 @@ class _Rounds:
         self.cache = self.cache.select(torch.tensor(staying, dtype=torch.long))
 
 
-def until(tokens: Sequence[int], ends: set[int]) -> list[int]:
-    """The tokens up to and including the first that is an end."""
-    for index, token in enumerate(tokens):
-        if token in ends:
-            return list(tokens[: index + 1])
-    return list(tokens)
-
-
-def _stops(criteria: StoppingCriteriaList, width: int) -> tuple[set[int], int]:
-    """The end tokens, and the most new tokens."""
+def _stops(
+    criteria: StoppingCriteriaList, width: int
+) -> tuple[set[int], int, StoppingCriteriaList]:
+    """The end tokens, the most new tokens, and the strings that end a text."""
     ends: set[int] = set()
-    lengths = []
+    lengths, strings = [], StoppingCriteriaList()
     for criterion in criteria:
         if type(criterion) is EosTokenCriteria:
             ends |= set(criterion.eos_token_id.tolist())
         elif type(criterion) is MaxLengthCriteria:
             lengths.append(criterion.max_length - width)
+        elif type(criterion) is StopStringCriteria:
+            strings.append(criterion)
         else:
             raise UserError(
-                f"tess+ar stops at end tokens and at a length, got {type(criterion).__name__}"
+                "tess+ar stops at end tokens, at strings and at a length, got "
+                f"{type(criterion).__name__}"
             )
     if not lengths:
         raise UserError("tess+ar needs a longest length, got none")
-    return ends, min(lengths)
+    return ends, min(lengths), strings
 
 
 class _Verifier(ArDecoder):
     """`ar` over one batch, with drafts."""
 
-    def __init__(self, parts: Parts, draft: Drafter) -> None:
-        super().__init__(parts)
-        self.draft = draft
+    draft: Drafter
 
     def _write(self, width: int, **options: Any) -> list[Generation]:
         written = self.model.generate(
@@ -269,6 +285,7 @@ class DraftVerifyDecoder(Decoder):
         num_inference_steps: of a draft, where a call names none.
         redraft: see `DiffusionDrafts`.
         options: of the diffusion sampler.
+        chat: see `ArDecoder`.
 
     `Generation.nfe` counts the diffusion evaluations over the target and the causal model's, of
     which there are `num_verifications` and that of the source. `gen_length` is the longest text, as
@@ -289,6 +306,7 @@ class DraftVerifyDecoder(Decoder):
         num_inference_steps: int = DRAFT_STEPS,
         redraft: str = REDRAFTS[0],
         options: SamplerOptions | None = None,
+        chat: bool = False,
     ) -> None:
         super().__init__(ar_parts)
         _check_vocabularies(tess_parts.tokenizer, ar_parts.tokenizer)
@@ -302,6 +320,7 @@ class DraftVerifyDecoder(Decoder):
                 "are those of ar; leave it out"
             )
         self.writer = TessDecoder(tess_parts, options)
+        self.verifier = _Verifier(ar_parts, chat=chat)
         self.redraft = redraft
         most = tess_parts.scheduler.config.num_train_timesteps
         self.default_num_inference_steps = min(num_inference_steps, most)
@@ -311,10 +330,14 @@ class DraftVerifyDecoder(Decoder):
     def max_source_length(self) -> int | None:
         return longest_source(self.tokenizer)
 
+    def encode(self, texts: Sequence[str], strict: bool = False, warn: bool = True) -> Sources:
+        """As the causal model reads them."""
+        return self.verifier.encode(texts, strict, warn)
+
     def describe(self) -> Description:
         drafts = self.writer.describe()
         names = ("scheduler", "timestep_spacing", "stopping", "sampler")
-        return Description(**{name: getattr(drafts, name) for name in names})
+        return replace(self.verifier.describe(), **{name: getattr(drafts, name) for name in names})
 
     def _flops(self, source_length: int, text: Generation) -> float:
         drafts = text.nfe - text.num_verifications - 1
@@ -328,14 +351,17 @@ class DraftVerifyDecoder(Decoder):
         )
 
     def _batch(
-        self, rows, keys, num_inference_steps, gen_length, top_p, temperature
+        self, rows: list[list[int]], keys: Tensor, request: Request
     ) -> list[Generation]:
-        if num_inference_steps is None:
-            num_inference_steps = self.default_num_inference_steps
-        drafts = DiffusionDrafts(self.writer, rows, keys, num_inference_steps, self.redraft)
-        written = _Verifier(self.parts, drafts)._batch(
-            rows, keys, None, gen_length, top_p, temperature
-        )
+        steps = request.num_inference_steps
+        if steps is None:
+            steps = self.default_num_inference_steps
+        sources = rows
+        if not self.verifier.closes_sources:  # the denoiser knows sources that end
+            sources = [[*row, self.tokenizer.eos_token_id] for row in rows]
+        drafts = DiffusionDrafts(self.writer, sources, keys, steps, self.redraft)
+        self.verifier.draft = drafts
+        written = self.verifier._batch(rows, keys, replace(request, num_inference_steps=None))
         return [
             replace(text, nfe=text.nfe + drafted, canvas_length=length)
             for text, drafted, length in zip(written, drafts.nfe, drafts.lengths, strict=True)

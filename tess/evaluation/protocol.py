@@ -110,8 +110,8 @@ def protocol_lines(section: Mapping[str, Any]) -> list[str]:
         "|---|" + "---:|" * (len(titles) + 2),
     ]
     for key, test in section["against_copy"].items():
-        cells = [bounded(column[key]["value"], column[key]) for column in columns.values()]
-        cells += [bounded(test["difference"], test, "+"), f"{test['p_value']:.4f}"]
+        cells = [bounded(**column[key]) for column in columns.values()]
+        cells += [_difference(test), f"{test['p_value']:.4f}"]
         label = f"**{key}**" if key == section["main"] else key
         lines.append(f"| {label} | {' | '.join(cells)} |")
     return [*lines, "", "```", *section["signatures"].values(), "```", ""]
@@ -121,21 +121,24 @@ def protocol_summary(section: Mapping[str, Any]) -> list[str]:
     """The main measure of all columns, for the terminal."""
     main, test = section["main"], section["against_copy"][section["main"]]
     columns = ", ".join(
-        f"{title} {bounded(column[main]['value'], column[main])}"
+        f"{title} {bounded(**column[main])}"
         for title, column in section["figures"].items()
     )
     return [
         f"protocol {section['name']}, {main}: {columns}; system - copy "
-        f"{bounded(test['difference'], test, '+')}, p = {test['p_value']:.4f}",
+        f"{_difference(test)}, p = {test['p_value']:.4f}",
         section["signature"],
     ]
 
 
-def bounded(value: float, bounds: Mapping[str, float], sign: str = "") -> str:
+def _difference(test: Mapping[str, float]) -> str:
+    return bounded(test["difference"], test["low"], test["high"], "+")
+
+
+def bounded(value: float, low: float, high: float, sign: str = "") -> str:
     """`32.6 [31.2, 34.0]`; sign "+" shows that of positive numbers too."""
-    digits = digits_of(value, bounds["low"], bounds["high"])
-    low, high = (f"{bounds[end]:{sign}.{digits}f}" for end in ("low", "high"))
-    return f"{value:{sign}.{digits}f} [{low}, {high}]"
+    form = f"{sign}.{digits_of(value, low, high)}f"
+    return f"{value:{form}} [{low:{form}}, {high:{form}}]"
 
 
 def digits_of(*values: float) -> int:

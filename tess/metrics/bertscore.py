@@ -64,20 +64,18 @@ class BertScore:
         )
 
     def measure(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Measure:
-        """Mean F1 over rows, 0-100, named `bertscore`; an empty text, or references that are all
-        empty, give 0.
+        """Mean F1 over rows, 0-100, named `bertscore`; an empty text gives 0.
 
         Raises:
-            UserError: texts that do not line up.
+            UserError: texts that do not line up, or a blank reference.
         """
         check_parallel(predictions, predictions, references)
-        written = [[text for text in row if text.strip()] for row in references]
-        usable = [i for i, t in enumerate(predictions) if t.strip() and written[i]]
+        usable = [i for i, text in enumerate(predictions) if text.strip()]
         values = np.zeros(len(predictions))
         if usable:
             scores = self._scorer.score(
                 [predictions[i] for i in usable],
-                [written[i] for i in usable],
+                [list(references[i]) for i in usable],
                 batch_size=self.batch_size,
             )
             values[usable] = 100.0 * scores[2].double().numpy()

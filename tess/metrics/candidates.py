@@ -13,7 +13,7 @@ import numpy as np
 from tess.errors import UserError
 from tess.metrics.catalog import MEASURES_OF_CHOICE
 from tess.metrics.measures import Measure, mean_measure, measures, ngrams
-from tess.metrics.ngrams import bleu_rows, sentence_bleu
+from tess.metrics.ngrams import sentence_bleu
 from tess.metrics.tokens import tokenize_bert
 
 
@@ -58,12 +58,7 @@ def candidate_measures(
 def pairwise_bleu(texts: Sequence[str]) -> np.ndarray:
     """[n, n] sentence BLEU, 0-100, entry (i, j) with text i as reference of text j."""
     rows = [tokenize_bert(text) for text in texts]
-    count = len(rows)
-    stats = bleu_rows(
-        [rows[j] for _ in range(count) for j in range(count)],
-        [[rows[i]] for i in range(count) for _ in range(count)],
-    )
-    return sentence_bleu(stats).reshape(count, count)
+    return np.stack([sentence_bleu(rows, [[reference]] * len(rows)) for reference in rows])
 
 
 def mbr_choice(utilities: np.ndarray) -> int:

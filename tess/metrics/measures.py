@@ -42,6 +42,7 @@ from rouge_score.tokenizers import DefaultTokenizer
 
 from tess.errors import UserError
 from tess.metrics.ngrams import (
+    Tokens,
     bleu_rows,
     chrf_rows,
     corpus_bleu,
@@ -51,7 +52,12 @@ from tess.metrics.ngrams import (
 )
 from tess.metrics.readability import grade_level, readability_rows
 from tess.metrics.sari import sari_of_sums, sari_rows
-from tess.metrics.tokens import TOKENIZERS, check_parallel, tokenize_13a_lower
+from tess.metrics.tokens import (
+    TOKENIZERS,
+    check_parallel,
+    check_references,
+    tokenize_13a_lower,
+)
 from tess.text.sentences import split_sentences
 
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
@@ -90,8 +96,8 @@ def measures(
     Statistics that several of them share are counted once.
 
     Raises:
-        UserError: an unknown name, no rows, lists of different lengths, or a row without a
-            reference.
+        UserError: an unknown name, no rows, lists of different lengths, a row without a reference,
+            or a blank reference.
     """
     names = list(names)
     if unknown := [name for name in names if name not in MEASURES]:
@@ -123,20 +129,20 @@ class _Texts:
     references: Sequence[Sequence[str]]
     sources: Sequence[str]
 
-    def bleu(self, tokens: str) -> np.ndarray:
-        split = TOKENIZERS[tokens]
-        return bleu_rows(
-            [split(text) for text in self.predictions],
-            [[split(text) for text in row] for row in self.references],
-        )
+    def split(self, name: str) -> tuple[list[Tokens], list[list[Tokens]]]:
+        """The tokens of the predictions and of the references; a reference without any is none:
+        13a deletes "<skipped>", BERT's normaliser some signs."""
+        split = TOKENIZERS[name]
+        lists = [list(filter(None, map(split, row))) or [()] for row in self.references]
+        return [split(text) for text in self.predictions], lists
 
     @cached_property
     def bleu_13a(self) -> np.ndarray:
-        return self.bleu("13a")
+        return bleu_rows(*self.split("13a"))
 
     @cached_property
     def bleu_13a_lower(self) -> np.ndarray:
-        return self.bleu("13a-lc")
+        return bleu_rows(*self.split("13a-lc"))
 
     @cached_property
     def self_bleu(self) -> np.ndarray:
@@ -170,7 +176,12 @@ def rouge_rows(
     *,
     stem: bool = True,
 ) -> dict[str, np.ndarray]:
-    """[N] F1 of each type, 0-1, of the best reference of each row for that type."""
+    """[N] F1 of each type, 0-1, of the best reference of each row for that type.
+
+    Raises:
+        UserError: a row without a reference, or a blank one.
+    """
+    check_references(references)
     scorer = RougeScorer(list(types), tokenizer=_STEMMED if stem else _UNSTEMMED)
     best = []
     for prediction, row in zip(predictions, references, strict=True):
@@ -240,22 +251,17 @@ def _ibleu(texts: _Texts) -> Definition:
 
 
 def _sentence_bleu(texts: _Texts) -> Definition:
-    return _mean(sentence_bleu(texts.bleu("bert")))
+    return _mean(sentence_bleu(*texts.split("bert")))
 
 
 def _sentence_bleu_swapped(texts: _Texts) -> Definition:
     """DiffuSeq's program hands NLTK the system's text as the reference. With several references,
     the best one counts."""
-    split = TOKENIZERS["bert"]
-    pairs = [
-        (split(reference), [split(text)], row)
-        for row, (text, refs) in enumerate(zip(texts.predictions, texts.references, strict=True))
-        for reference in refs
+    best = [
+        sentence_bleu(references, [[text]] * len(references)).max()
+        for text, references in zip(*texts.split("bert"), strict=True)
     ]
-    values = sentence_bleu(bleu_rows([p[0] for p in pairs], [p[1] for p in pairs]))
-    best = np.zeros(len(texts.predictions))
-    np.maximum.at(best, [p[2] for p in pairs], values)
-    return _mean(best)
+    return _mean(np.array(best))
 
 
 def _sari_part(place: int) -> Callable[[_Texts], Definition]:

@@ -1,32 +1,24 @@
-"""BLEU and chrF as functions of sums of row statistics.
+"""BLEU and chrF: statistics of rows, and figures as functions of their sums.
 
-`bleu_rows` counts once per row; `corpus_bleu` and `sentence_bleu` are two ways to make figures of
-the counts. Names of shapes: N rows, 10 BLEU columns (length, reference length, matches of order
-1-4, n-grams of order 1-4), 18 chrF columns (n-grams of the text, of the reference, matches; for
-order 1-6).
+The counts of BLEU are sacrebleu's, the BLEU of single sentences is NLTK's. Names of shapes: N rows,
+10 BLEU columns (length, reference length, matches of order 1-4, n-grams of order 1-4), 18 chrF
+columns (n-grams of the text, of the reference, matches; for order 1-6).
 """
 
 from collections import Counter
 from collections.abc import Sequence
-from functools import lru_cache
 
 import numpy as np
+from nltk.translate import bleu_score
+from sacrebleu.metrics import BLEU
 
 BLEU_ORDER = 4
 CHRF_ORDER = 6
 CHRF_BETA = 2
-METHOD4_K = 5.0
 Tokens = Sequence[str]
 
-
-@lru_cache(64)  # candidates are compared pair by pair
-def ngram_counts(tokens: tuple[str, ...]) -> Counter[tuple[str, ...]]:
-    """How often each n-gram of order 1 to 4 stands in a text; the length of a key is its order."""
-    return Counter(
-        tokens[start : start + n]
-        for n in range(1, BLEU_ORDER + 1)
-        for start in range(len(tokens) - n + 1)
-    )
+_COUNTS = BLEU(tokenize="none", force=True, effective_order=True)  # for what it counts, no figure
+_METHOD4 = bleu_score.SmoothingFunction().method4
 
 
 def bleu_rows(predictions: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> np.ndarray:
@@ -37,15 +29,8 @@ def bleu_rows(predictions: Sequence[Tokens], references: Sequence[Sequence[Token
     """
     rows = np.zeros((len(predictions), 2 + 2 * BLEU_ORDER))
     for row, prediction, refs in zip(rows, predictions, references, strict=True):
-        tokens = tuple(prediction)
-        wanted = [tuple(reference) for reference in refs]
-        counts = [ngram_counts(reference) for reference in wanted]
-        row[0] = len(tokens)
-        row[1] = min((abs(len(r) - len(tokens)), len(r)) for r in wanted)[1]
-        for gram, count in ngram_counts(tokens).items():
-            order = len(gram) - 1
-            row[2 + order] += min(count, max(c.get(gram, 0) for c in counts))
-            row[2 + BLEU_ORDER + order] += count
+        found = _COUNTS.sentence_score(" ".join(prediction), [" ".join(tokens) for tokens in refs])
+        row[:] = found.sys_len, found.ref_len, *found.counts, *found.totals
     return rows
 
 
@@ -66,22 +51,16 @@ def corpus_bleu(sums: np.ndarray, *, smooth: str = "exp") -> np.ndarray:
     return np.where(usable, 100.0 * _brevity(sums) * np.exp(logs), 0.0)
 
 
-def sentence_bleu(rows: np.ndarray) -> np.ndarray:
-    """BLEU of each row alone, 0-100, [...] of [..., 10], as NLTK's `sentence_bleu` gives it with
-    `SmoothingFunction().method4` (Chen and Cherry 2014).
-
-    With its ways: the k-th order without a match counts ln(length) / (5 * 2^k) matches; an order
-    longer than the text counts as one n-gram; a text of one word is not smoothed, and its orders
-    without a match are left out of the mean but not of its weights; no common word gives 0.
-    """
-    matches, totals = _orders(rows)
-    empty = matches == 0
-    length = rows[..., :1]
-    log_length = np.log(np.maximum(length, 1.0))
-    smoothed = log_length / (METHOD4_K * np.exp2(np.cumsum(empty, axis=-1)))
-    precisions = np.where(empty, smoothed, matches) / np.maximum(totals, 1.0)
-    logs = np.log(np.where(precisions > 0, precisions, 1.0)).sum(axis=-1) / BLEU_ORDER
-    return np.where(matches[..., 0] > 0, 100.0 * _brevity(rows) * np.exp(logs), 0.0)
+def sentence_bleu(
+    predictions: Sequence[Tokens], references: Sequence[Sequence[Tokens]]
+) -> np.ndarray:
+    """[N] BLEU of each row alone, 0-100, with smoothing method 4 of Chen and Cherry (2014)."""
+    return np.array(
+        [
+            100.0 * float(bleu_score.sentence_bleu(refs, text, smoothing_function=_METHOD4))
+            for text, refs in zip(predictions, references, strict=True)
+        ]
+    )
 
 
 def chrf_rows(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:

@@ -72,8 +72,8 @@ def sari(
     """SARI of a corpus; row i has its own list `references[i]` of one or more references.
 
     Raises:
-        UserError: unknown protocol or tokenisation, no rows, lists of different lengths, or a
-            row without a reference.
+        UserError: unknown protocol or tokenisation, no rows, lists of different lengths, a row
+            without a reference, or a blank one.
     """
     if protocol not in PROTOCOLS:
         raise UserError(f"unknown SARI protocol {protocol!r}; known are {list(PROTOCOLS)}")

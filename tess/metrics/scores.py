@@ -59,7 +59,7 @@ def score(
     references. The figures are those of `tess.metrics.measures`.
 
     Raises:
-        UserError: no rows, lists of different lengths, or a row without a reference.
+        UserError: no rows, lists of different lengths, a row without a reference, or a blank one.
     """
     found = measures((*_FIRST, *_SURFACE), predictions, references, sources)
     result: dict[str, float | int | str] = {}

@@ -15,6 +15,7 @@ from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 
 from tess.errors import UserError
+from tess.text.visible import is_blank
 
 _13A = Tokenizer13a()
 _BERT_NORMALIZER = BertNormalizer(lowercase=True)  # also drops accents and splits ideographs
@@ -69,7 +70,7 @@ TOKENIZERS: dict[str, Tokenize] = {
 def check_parallel(
     sources: Sequence[str], predictions: Sequence[str], references: Sequence[Sequence[str]]
 ) -> None:
-    """Refuse corpora that do not line up, are empty, or have a row without a reference."""
+    """Refuse corpora that do not line up, are empty, or fail `check_references`."""
     lengths = (len(sources), len(predictions), len(references))
     if len(set(lengths)) != 1:
         raise UserError(
@@ -77,6 +78,21 @@ def check_parallel(
         )
     if not lengths[0]:
         raise UserError("expected at least one row to score, got none")
+    check_references(references)
+
+
+def check_references(references: Sequence[Sequence[str]]) -> None:
+    """Refuse a row without a reference, and a blank reference.
+
+    BLEU takes the reference of the closest length: for a short text that would be the blank one,
+    and nothing would be held against its shortness.
+    """
     for number, row in enumerate(references, start=1):
         if isinstance(row, str) or not row:
             raise UserError(f"row {number}: expected a list of one or more references, got {row!r}")
+        for place, text in enumerate(row, start=1):
+            if not isinstance(text, str) or is_blank(text):
+                raise UserError(
+                    f"row {number}: expected a text as reference {place}, got {text!r}; leave out "
+                    "what is no reference"
+                )

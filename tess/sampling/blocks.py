@@ -68,7 +68,7 @@ class Blocks:
                 texts[row] += tokens
                 log_probs[row] += part.log_probs[place].tolist()
                 nfe[row] += part.nfe[place]
-                if writer.eos_token_id not in tokens:
+                if set(writer.eos_token_id).isdisjoint(tokens):
                     going_on.append(place)
                     added.append(self._without_padding(tokens))
             if not going_on or block + 1 == count or writer.interrupted():

@@ -22,7 +22,7 @@ from tess.errors import UserError
 from tess.kernels.cross_entropy import linear_cross_entropy
 from tess.sampling.options import CHOICES
 from tess.text.padding import pad_left, right_mask
-from tess.text.tokenization import decode
+from tess.text.tokenization import decode, padding_ids
 
 UTILITIES = {"bleu": BLEU(effective_order=True), "chrf": CHRF()}
 """Of minimum Bayes risk: sacrebleu's for sentences (13a, exponential smoothing; chrF2)."""
@@ -174,7 +174,7 @@ def _batch_totals(
     source = pad_left(list(distinct), pad_token_id=0, device=device)
     cache = HybridCache()
     read_DSH = model.backbone(
-        source["source_ids"], attention_mask=source["source_mask"], past_key_values=cache
+        source["source_ids"], attention_mask=source["source_mask"], cache=cache
     ).last_hidden_state
     # A source's last state predicts the first token, and every token's state the next one.
     states_CLH = read_DSH[rows_C, -1:]
@@ -184,7 +184,7 @@ def _batch_totals(
     if ids_CL.shape[1] > 1:
         # No mask is needed: padding at the right is read by nobody, and this cache is thrown away.
         written_CLH = model.backbone(
-            ids_CL[:, :-1], past_key_values=cache.select(rows_C)
+            ids_CL[:, :-1], cache=cache.select(rows_C)
         ).last_hidden_state
         states_CLH = torch.cat([states_CLH, written_CLH], dim=1)
     losses_T = linear_cross_entropy(
@@ -266,7 +266,7 @@ def choose_candidates(
     mean_BN = (log_probs.double() * inside).sum(dim=1) / inside.sum(dim=1)
     mean_BN = mean_BN.view(batch, count)
     # padding may stand amid a text, which is read without it; a text of nothing else stays
-    padding = {tokenizer.pad_token_id} - {tokenizer.eos_token_id}
+    padding = padding_ids(tokenizer)
     written = [row[kept].tolist() for row, kept in zip(sequences, inside, strict=True)]
     targets = [[token for token in row if token not in padding] or row for row in written]
     grouped = _grouped(texts, count)

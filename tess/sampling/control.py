@@ -11,6 +11,8 @@ from transformers import LogitsProcessor, PreTrainedTokenizerBase, SuppressToken
 
 from tess.errors import UserError
 from tess.kernels.head import Processors
+from tess.options import check_count
+from tess.sampling.request import LONGEST_TEXT
 from tess.schedulers.simplex import SoftTokens
 
 TokenProcessor = LogitsProcessor | Callable[[Tensor, Tensor], Tensor]
@@ -18,7 +20,7 @@ TokenProcessor = LogitsProcessor | Callable[[Tensor, Tensor], Tensor]
 FREE = -1
 """In `fixed_tokens`: the position is written by the model."""
 
-_BLANK = re.compile(r"\{(\d+)\}")
+_BLANK = re.compile(r"\{(\d{1,9})\}")
 
 
 def chain(*processors: Processors | None) -> Processors | None:
@@ -141,19 +143,20 @@ def template_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> Tensor
     `</s>` follows the text, unless a blank ends it.
 
     Raises:
-        UserError: no text and no blank, or a blank of no tokens.
+        UserError: no blank, or one that is not a number of tokens in braces.
     """
     pieces = _BLANK.split(template)
+    if len(pieces) == 1 or any(set("{}") & set(text) for text in pieces[::2]):
+        raise UserError(
+            f"expected a template with blanks such as {{5}}, five tokens long, got {template!r}"
+        )
     ids: list[int] = []
     for index, piece in enumerate(pieces):
         if index % 2:
-            if int(piece) < 1:
-                raise UserError("a blank must be at least one token long, got {0}")
+            check_count("a blank of the template", int(piece), LONGEST_TEXT)
             ids += [FREE] * int(piece)
         elif piece:
             ids += tokenizer(piece, add_special_tokens=False)["input_ids"]
-    if not ids:
-        raise UserError("expected a template with text or blanks such as {5}, got an empty one")
     if ids[-1] != FREE:
         ids.append(tokenizer.eos_token_id)
     return torch.tensor([ids])

@@ -44,9 +44,13 @@ class SamplingSettings:
 
     @classmethod
     def of(
-        cls, options: SamplerOptions, request: Request, tokenizer: PreTrainedTokenizerBase
+        cls,
+        options: SamplerOptions,
+        request: Request,
+        tokenizer: PreTrainedTokenizerBase,
+        never: Sequence[TokenProcessor] = (),
     ) -> "SamplingSettings":
-        """What was asked for, with its words as token ids."""
+        """What was asked for, with its words as token ids; `never` comes before its processors."""
         return cls(
             top_p=request.top_p,
             temperature=request.temperature,
@@ -57,7 +61,7 @@ class SamplingSettings:
                 reward_scale=options.reward_scale,
                 reward_steps=options.reward_steps,
             ),
-            logits_processor=options.processors(tokenizer),
+            logits_processor=[*never, *options.processors(tokenizer)],
             stopping=options.stopping,
             confidence_threshold=options.confidence_threshold,
         )
@@ -156,7 +160,7 @@ def denoise(
     batch: Batch,
     settings: SamplingSettings,
     *,
-    eos_token_id: int | None = None,
+    eos_token_id: Sequence[int] | None = None,
     pad_token_id: int = 0,
     on_step: StepHook | None = None,
     on_trace: TraceHook | None = None,
@@ -166,7 +170,8 @@ def denoise(
 ) -> Denoised:
     """Go through `scheduler.timesteps` until every example is done.
 
-    eos_token_id: ends a text; None: it fills its canvas. pad_token_id: what stands outside of it.
+    eos_token_id: those that end a text; None: it fills its canvas.
+    pad_token_id: what stands outside of it.
     on_step: called after each evaluation, before the scheduler's step.
     on_trace: called with the state of all examples in each step.
     after_step: called with nothing, likewise.
@@ -343,7 +348,10 @@ def _advance(
 
 
 def _settle(
-    batch: Batch, settings: SamplingSettings, prediction: Prediction, eos_token_id: int | None
+    batch: Batch,
+    settings: SamplingSettings,
+    prediction: Prediction,
+    eos_token_id: Sequence[int] | None,
 ) -> tuple[Batch, Tensor | None]:
     """Hold what is sure enough; which examples are done, [A] bool (None: nothing says so)."""
     if settings.confidence_threshold is None and settings.stopping is None:

@@ -7,11 +7,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
-from numbers import Integral, Real
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from tess.errors import UserError
-from tess.options import option
+from tess.options import check_count, option
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -177,16 +177,6 @@ class SamplerOptions:
         if banned := {ids: float("-inf") for ids in banned if ids}:
             given.append(SequenceBiasLogitsProcessor(banned))
         return [*given, *self.logits_processor]
-
-
-def check_count(name: str, value: Any, most: float = math.inf) -> None:
-    """Raises UserError for what is no whole number from 1 to `most`."""
-    if not isinstance(value, Integral) or isinstance(value, bool):
-        raise UserError(f"{name} must be an integer, got {value!r}")
-    if value < 1:
-        raise UserError(f"{name} must be at least 1, got {value}")
-    if value > most:
-        raise UserError(f"{name} must be at most {most:,}, got {value}")
 
 
 def _stopping_options(rule: "StoppingRule | None") -> dict[str, Any]:

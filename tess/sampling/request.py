@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from numbers import Real
 
 from tess.errors import UserError
-from tess.sampling.options import check_count
+from tess.options import check_count
 
 LONGEST_TEXT = 2**20
 """Tokens of one text, at most: more than any backbone here has positions for."""

@@ -13,6 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from tess.backbones.cache import HybridCache
 from tess.errors import UserError
+from tess.options import check_seed
+from tess.text.tokenization import padding_ids
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +63,7 @@ def id_rows(
     if isinstance(input_ids, Tensor):
         if input_ids.dim() != 2:
             raise UserError(f"input_ids must be [batch, length], got {list(input_ids.shape)}")
-        padding = {tokenizer.pad_token_id} - {tokenizer.eos_token_id}
+        padding = padding_ids(tokenizer)
         rows = [_strip(row, padding) for row in input_ids.tolist()]
     else:
         rows = [list(row) for row in input_ids]
@@ -82,6 +84,15 @@ def example_keys(sources: Sequence[Sequence[int]], seed: int) -> Tensor:
         keys.append(_hash(f"{seed}:{seen[row]}:{','.join(map(str, row))}"))
         seen[row] += 1
     return torch.tensor(keys, dtype=torch.long)
+
+
+def seeded_keys(sources: Sequence[Sequence[int]], seed: int) -> Tensor:
+    """`example_keys` of a seed that a user gave, as `draw_seed` has it of its generator.
+
+    Raises:
+        UserError: a seed that is no integer of 64 bits.
+    """
+    return example_keys(sources, draw_seed(torch.Generator().manual_seed(check_seed(seed))))
 
 
 def derived_keys(keys: Tensor, count: int, purpose: str) -> Tensor:

@@ -29,7 +29,8 @@ LARGEST_BATCH = 2**22
 class Writer:
     """A denoiser, its scheduler with timesteps set, and how one call wants them used.
 
-    bos_token_id, eos_token_id, pad_token_id: of the tokenizer; it may have no bos.
+    bos_token_id, pad_token_id: of the tokenizer; it may have no bos.
+    eos_token_id: all that end a text, first the one that closes a source.
     device: where sources and canvases go.
     settings: how tokens are chosen.
     progress: called with total=steps, gives a bar as a context.
@@ -39,7 +40,7 @@ class Writer:
     denoiser: TessDenoiser
     scheduler: SimplexScheduler
     bos_token_id: int | None
-    eos_token_id: int
+    eos_token_id: Sequence[int]
     pad_token_id: int
     device: torch.device
     settings: SamplingSettings
@@ -67,7 +68,7 @@ class Writer:
 
     def empty(self, batch: int, like: Context) -> Context:
         """The empty source for every row, encoded once where the sources are."""
-        row = [token for token in (self.bos_token_id, self.eos_token_id) if token is not None]
+        row = [token for token in (self.bos_token_id, self.eos_token_id[0]) if token is not None]
         context = self.pad([row]) if like.cache is None else self.read([row])[0]
         return context.select(torch.zeros(batch, dtype=torch.long, device=self.device))
 

@@ -7,14 +7,21 @@ adaptation begins from what the model knows. The head keeps its label shift (TES
 """
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from transformers import PreTrainedTokenizerBase
 
 from tess.backbones.causal_lm import HybridForCausalLM
-from tess.backbones.checkpoint import GENERATION_FILE, load_checkpoint, tensor_names
+from tess.backbones.checkpoint import (
+    GENERATION_FILE,
+    load_checkpoint,
+    read_generation_config,
+    tensor_names,
+)
 from tess.backbones.config import HybridConfig
 from tess.backbones.released import MODEL_TYPE, read_released_config, save_released
 from tess.config import TessConfig
@@ -23,7 +30,14 @@ from tess.errors import UserError
 from tess.schedulers.renoising import RenoisingScheduler
 from tess.storage.files import replaced_folder
 from tess.storage.parts import Parts, kind_of, load_parts, own_fields, read_config, save_parts
-from tess.text.tokenization import check_tokenizer, load_tokenizer
+from tess.text.end_tokens import share_end_tokens, union
+from tess.text.tokenization import load_tokenizer
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja", "chat_template.json",
+)
+CHAT_TEMPLATES = "additional_chat_templates"
 
 
 def causal_to_tess(
@@ -62,8 +76,10 @@ def causal_to_tess(
         config = TessConfig(
             backbone_config=HybridConfig(**fields), label_shift=True, **(denoiser or {})
         )
-        given = load_tokenizer(tokenizer or source)
-        check_tokenizer(given, config.vocab_size)
+        settings = read_generation_config(source)
+        owners = [config.backbone_config] + ([settings] if settings else [])
+        given = load_tokenizer(tokenizer or source, *owners)
+        share_end_tokens(given, *owners)
         model = load_checkpoint(
             TessDenoiser,
             config,
@@ -79,11 +95,11 @@ def causal_to_tess(
     scheduler = RenoisingScheduler(vocab_size=config.vocab_size, simplex_value=config.simplex_value)
     with replaced_folder(target) as folder:
         save_parts(Parts(model, given, scheduler), folder)
+        _keep_tokenizer(given, Path(tokenizer or source), folder / "tokenizer")
+        if settings:  # a pipeline does not read them, the way back does
+            shutil.copy(source / GENERATION_FILE, folder / "denoiser")
     has_mtp = any(name.startswith("mtp.") for name in names)
-    left_out = ["the multi-token predictor (mtp.*)"] if has_mtp else []
-    if (source / GENERATION_FILE).is_file():
-        left_out.append(f"the generation settings ({GENERATION_FILE})")
-    return left_out
+    return ["the multi-token predictor (mtp.*)"] if has_mtp else []
 
 
 def tess_to_causal(source: Path, target: Path, *, expert_layout: str = "per_expert") -> list[str]:
@@ -99,16 +115,37 @@ def tess_to_causal(source: Path, target: Path, *, expert_layout: str = "per_expe
     source, target = Path(source), Path(target)
     _check_target(source, target)
     parts = load_parts(source, dtype=None)
-    model, dropped = parts.model, []
+    model, dropped, files, spelling = parts.model, [], source, source
     if isinstance(model, TessDenoiser):
+        files, spelling = source / "denoiser", source / "tokenizer"
         model, dropped = _causal_inside(model)
+        model.generation_config = read_generation_config(files) or model.generation_config
+        share_end_tokens(parts.tokenizer, model.config, model.generation_config)
+    stored = read_generation_config(files)
     with replaced_folder(target) as folder:
         try:
             save_released(model, folder, expert_layout=expert_layout)
         except ValueError as error:
             raise UserError(str(error)) from error
+        if stored and set(union(stored)) == set(union(model.generation_config)):
+            shutil.copy(files / GENERATION_FILE, folder)
         parts.tokenizer.save_pretrained(folder)
+        _keep_tokenizer(parts.tokenizer, spelling, folder)
     return dropped
+
+
+def _keep_tokenizer(tokenizer: PreTrainedTokenizerBase, source: Path, target: Path) -> None:
+    """The source's own files in place of those that a tokenizer writes, which differ in form."""
+    vocabulary = set(tokenizer.vocab_files_names.values())
+    if not any((source / name).is_file() for name in vocabulary):
+        return  # from the hub
+    for name in vocabulary | set(TOKENIZER_FILES):
+        (target / name).unlink(missing_ok=True)
+        if (source / name).is_file():
+            shutil.copy(source / name, target)
+    shutil.rmtree(target / CHAT_TEMPLATES, ignore_errors=True)
+    if (source / CHAT_TEMPLATES).is_dir():
+        shutil.copytree(source / CHAT_TEMPLATES, target / CHAT_TEMPLATES)
 
 
 def _check_target(source: Path, target: Path) -> None:

@@ -24,9 +24,29 @@ def prepare_output_dir(path: str | Path) -> Path:
     return folder
 
 
+def check_writable(path: Path) -> None:
+    """Refuse before the work what `write_atomically` could not write.
+
+    Raises:
+        UserError: a folder, a device, a missing folder, or one that takes no new file.
+    """
+    if path.exists() and not path.is_file():
+        raise UserError(f"cannot write {path}: expected the name of a file")
+    temporary = _temporary(path)
+    try:
+        temporary.touch()
+        temporary.unlink()
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write UTF-8 text through a temporary file in the same folder and `os.replace`."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     try:
         with open(temporary, "w", encoding="utf-8", newline="\n") as file:
             file.write(text)

@@ -19,14 +19,16 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from tess.backbones.causal_lm import HybridForCausalLM
 from tess.backbones.checkpoint import load_checkpoint, tensor_names
 from tess.backbones.config import HybridConfig
-from tess.backbones.released import MODEL_TYPE, load_released, read_released_config
+from tess.backbones.damage import fault_in
+from tess.backbones.released import MODEL_TYPE, load_released, mtp_blocks, read_released_config
 from tess.config import TessConfig
 from tess.denoiser import TessDenoiser
 from tess.errors import UserError
 from tess.pipeline import TessPipeline
 from tess.schedulers.base import SimplexScheduler
 from tess.schedulers.family import SAMPLERS
-from tess.text.tokenization import check_tokenizer, load_tokenizer
+from tess.text.end_tokens import share_end_tokens
+from tess.text.tokenization import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +91,8 @@ def load_parts(
     folder = Path(folder)
     kind = kind_of(folder)
     if kind is None:
+        if fault := fault_in(folder):
+            raise UserError(fault)
         raise UserError(
             f"{folder} is not a checkpoint: expected a folder with model_index.json (tess), or "
             f"with a config.json of model_type {' or '.join(map(repr, CAUSAL_TYPES))} (ar)"
@@ -97,26 +101,29 @@ def load_parts(
         if kind == "tess":
             scheduler_class = _scheduler_class(folder)
             config = read_config(folder / "denoiser", TessConfig)
+            settings = (config.backbone_config,)
             parts = Parts(
                 model=load_checkpoint(
                     TessDenoiser, config, folder / "denoiser", dtype=dtype, device=device
                 ),
-                tokenizer=load_tokenizer(folder / "tokenizer"),
-                scheduler=scheduler_class.from_pretrained(folder / "scheduler"),
+                tokenizer=load_tokenizer(folder / "tokenizer", *settings),
+                scheduler=_load_scheduler(scheduler_class, folder / "scheduler"),
             )
         else:
-            parts = Parts(
-                model=_load_causal(folder, dtype, device), tokenizer=load_tokenizer(folder)
-            )
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+            model = _load_causal(folder, dtype, device)
+            settings = (model.config, model.generation_config)
+            parts = Parts(model, load_tokenizer(folder, *settings))
+    except (OSError, SafetensorError, ValueError) as error:
+        if fault := fault_in(folder):
+            raise UserError(fault) from error
+        if isinstance(error, UserError):
+            raise
+        if isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError):
+            raise UserError(str(error)) from error  # strict loading names the tensors
         raise UserError(
             f"the checkpoint {folder} cannot be read: {' '.join(str(error).split())}"
         ) from error
-    except UserError:
-        raise
-    except ValueError as error:  # strict loading names the tensors
-        raise UserError(str(error)) from error
-    check_tokenizer(parts.tokenizer, parts.model.config.vocab_size)
+    share_end_tokens(parts.tokenizer, *settings)
     return parts
 
 
@@ -124,14 +131,14 @@ def _load_causal(
     folder: Path, dtype: torch.dtype | None, device: torch.device | str
 ) -> HybridForCausalLM:
     if _read_mapping(folder / "config.json")["model_type"] == MODEL_TYPE:
-        mtp = any(name.startswith("mtp.") for name in tensor_names(folder))
-        named = read_released_config(folder).num_nextn_predict_layers > 0
-        if named and not mtp:
+        config = read_released_config(folder)
+        blocks = mtp_blocks(config, tensor_names(folder))
+        if blocks > 1 or (config.num_nextn_predict_layers and not blocks):
             logger.warning(
-                "%s names a multi-token predictor, but has no weights of one: it is read without",
-                folder / "config.json",
+                "%s has weights of %d multi-token predictors, and one is needed: it is read "
+                "without", folder, blocks,
             )
-        return load_released(folder, dtype=dtype, device=device, mtp=mtp or not named)
+        return load_released(folder, dtype=dtype, device=device, mtp=blocks == 1)
     config = read_config(folder, HybridConfig)
     return load_checkpoint(HybridForCausalLM, config, folder, dtype=dtype, device=device)
 
@@ -152,6 +159,14 @@ def read_config(folder: Path, kind: type[TessConfig] | type[HybridConfig]) -> An
     try:
         return kind.from_pretrained(folder)
     except (StrictDataclassError, TypeError, ValueError) as error:
+        raise UserError(f"{path} cannot be used: {' '.join(str(error).split())}") from error
+
+
+def _load_scheduler(kind: type[SimplexScheduler], folder: Path) -> SimplexScheduler:
+    try:
+        return kind.from_pretrained(folder)
+    except (TypeError, ValueError) as error:  # a setting that the class does not take
+        path = folder / "scheduler_config.json"
         raise UserError(f"{path} cannot be used: {' '.join(str(error).split())}") from error
 
 

@@ -58,11 +58,6 @@ class TokenStrings:
         return self._known[token_id]
 
 
-def visible_text(text: str) -> str:
-    """`text` without a character that moves a cursor, hides or reorders; spaces stay."""
-    return "".join(map(_visible_character, text))
-
-
 def _decoder_types(tokenizer: PreTrainedTokenizerBase) -> set[str]:
     """Which decoders a fast tokenizer is made of: "ByteLevel", "Metaspace", ..."""
     backend = getattr(tokenizer, "backend_tokenizer", None)

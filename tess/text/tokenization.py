@@ -7,11 +7,14 @@ out where the tokenizer has no bos). Truncation cuts the text and keeps `</s>`.
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from tess.backbones.damage import fault_in
 from tess.errors import UserError
+from tess.text.end_tokens import before_end, end_tokens, remember_end_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -56,30 +59,74 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    # a plain call gives the layout of a source, so that `model.generate(**tokenizer(text))` works
+    bos, eos = SPECIAL_TOKENS["bos_token"], SPECIAL_TOKENS["eos_token"]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A {eos}",
+        pair=f"{bos} $A {eos} $B:1 {eos}:1",
+        special_tokens=[(token, tokenizer.token_to_id(token)) for token in (bos, eos)],
+    )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **SPECIAL_TOKENS
+        tokenizer_object=tokenizer,
+        clean_up_tokenization_spaces=False,
+        padding_side="left",
+        model_input_names=["input_ids", "attention_mask"],
+        **SPECIAL_TOKENS,
     )
 
 
-def load_tokenizer(
-    name_or_path: str | Path, vocab_size: int | None = None
-) -> PreTrainedTokenizerBase:
+def load_tokenizer(name_or_path: str | Path, *configs: Any) -> PreTrainedTokenizerBase:
     """Load a tokenizer from a folder or by its name on the hub, and check it.
 
+    configs: of the model it belongs to, see `fit_tokenizer`; none for a new model.
+
     Raises:
-        UserError: when nothing can be loaded from there, or `check_tokenizer` refuses it.
+        UserError: when nothing can be loaded from there, or it is refused.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(name_or_path))
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
+    except Exception as error:  # transformers lets through whatever its readers stumble over
+        reason = fault_in(Path(name_or_path)) or " ".join(str(error).split())[:200]
+        reason = reason or type(error).__name__
         raise UserError(f"no tokenizer could be loaded from {name_or_path}: {reason}") from error
-    check_tokenizer(tokenizer, vocab_size)
+    if configs:
+        fit_tokenizer(tokenizer, *configs)
+    else:
+        check_tokenizer(tokenizer)
     return tokenizer
 
 
+def fit_tokenizer(tokenizer: PreTrainedTokenizerBase, config: Any, *more: Any) -> None:
+    """Give a tokenizer what its model's configs know and it does not, in memory; then check it.
+
+    A missing pad or end token is the config's; where that has no pad token either, texts are padded
+    with the end token, as transformers does.
+
+    Args:
+        config: has vocab_size, pad_token_id and eos_token_id.
+        more: other places of end tokens (a `GenerationConfig`).
+
+    Raises:
+        UserError: see `check_tokenizer`.
+    """
+    remember_end_tokens(tokenizer, config, *more)
+    if tokenizer.eos_token_id is None:
+        tokenizer.eos_token = _first_token(tokenizer, end_tokens(tokenizer))
+    if tokenizer.pad_token_id is None:
+        pads = () if config.pad_token_id is None else (config.pad_token_id,)
+        tokenizer.pad_token = _first_token(tokenizer, (*pads, *end_tokens(tokenizer)))
+    check_tokenizer(tokenizer, config.vocab_size)
+
+
+def _first_token(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> str | None:
+    spellings = {id_: token for token, id_ in tokenizer.get_vocab().items()}
+    return next((spellings[id_] for id_ in ids if id_ in spellings), None)
+
+
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = None) -> None:
-    """Refuse a tokenizer without pad or eos, or with another number of ids than `vocab_size`.
+    """Refuse a tokenizer without pad or eos, or with an id that a model of `vocab_size` lacks.
+
+    A model may have more rows than the tokenizer has ids; see `surplus_ids`.
 
     Raises:
         UserError: saying what is missing, or both sizes.
@@ -89,11 +136,36 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int | None =
             raise UserError(
                 f"the tokenizer {tokenizer.name_or_path!r} has no {role}, which every text needs"
             )
-    if vocab_size is not None and len(tokenizer) != vocab_size:
+    if vocab_size is not None and (needed := id_count(tokenizer)) > vocab_size:
         raise UserError(
-            f"vocabulary mismatch: the tokenizer has {len(tokenizer)} ids and the model's "
+            f"vocabulary mismatch: the tokenizer has {needed} ids and the model's "
             f"vocab_size is {vocab_size}"
         )
+
+
+def id_count(tokenizer: PreTrainedTokenizerBase) -> int:
+    """One more than the highest id: rows that a model of this tokenizer needs."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def surplus_ids(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list[int]:
+    """Ids of a model that are no token: embeddings are padded, and vocabularies have holes.
+
+    They must never be written.
+    """
+    if len(tokenizer) == vocab_size:
+        return []
+    return sorted(set(range(vocab_size)) - set(tokenizer.get_vocab().values()))
+
+
+def padding_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The ids that are padding wherever they stand.
+
+    None where the pad token ends texts too, or is an ordinary token that a config chose.
+    """
+    pad = tokenizer.pad_token_id
+    known = tokenizer.added_tokens_decoder.get(pad)
+    return {pad} - set(end_tokens(tokenizer)) if known is not None and known.special else set()
 
 
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
@@ -150,10 +222,15 @@ def encode_sources(
     Raises:
         UserError: for an empty text, and with `strict` for one that is too long.
     """
-    if not all(text.strip() for text in texts):
-        raise UserError("expected a text, got an empty one (or only white space)")
+    check_texts(texts)
     rows = [source_layout(tokenizer, ids) for ids in encode_texts(tokenizer, texts)]
     return cut_sources(rows, max_length, strict)
+
+
+def check_texts(texts: Sequence[str]) -> None:
+    """Raises UserError for a text of white space alone."""
+    if not all(text.strip() for text in texts):
+        raise UserError("expected a text, got an empty one (or only white space)")
 
 
 def cut_sources(
@@ -161,8 +238,11 @@ def cut_sources(
     max_length: int | None,
     strict: bool = False,
     warn: bool = True,
+    closed: bool = True,
 ) -> list[list[int]]:
-    """Source ids of at most `max_length` each, the last one (`</s>`) kept; one warning counts cuts.
+    """Source ids of at most `max_length` each; one warning counts cuts.
+
+    closed: the last id of every row is `</s>`, and stays.
 
     Raises:
         UserError: with `strict`, for the first source that is too long.
@@ -180,14 +260,14 @@ def cut_sources(
             "%d of %d sources have up to %d tokens and the model takes %d; their ends were cut off",
             *(sum(n > max_length for n in lengths), len(rows), max(lengths), max_length),
         )
-    return [
-        [*row[: max_length - 1], row[-1]] if len(row) > max_length else list(row) for row in rows
-    ]
+    kept = [list(row[:max_length]) for row in rows]
+    if closed:
+        for cut, row in zip(kept, rows, strict=True):
+            cut[-1] = row[-1]
+    return kept
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """Text of the ids before the first `</s>`, special tokens left out."""
-    ids = list(ids)
-    if tokenizer.eos_token_id in ids:
-        ids = ids[: ids.index(tokenizer.eos_token_id)]
+    """Text of the ids before the first end token, special tokens left out."""
+    ids = list(ids[: before_end(ids, end_tokens(tokenizer))])
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tess.errors import UserError
 from tess.sampling.steps import StepTrace
+from tess.text.end_tokens import before_end, end_tokens
 from tess.text.token_strings import TokenStrings
 from tess.text.tokenization import decode
 
@@ -62,7 +63,7 @@ def trace_data(
     examples = []
     for row in range(rows):
         length = traces[0].token_ids.shape[1] if lengths is None else lengths[row]
-        steps = _steps(traces, row, length, strings, tokenizer.eos_token_id)
+        steps = _steps(traces, row, length, strings, end_tokens(tokenizer))
         spent = len(steps) if nfe is None else nfe[row]
         last = decode(tokenizer, traces[-1].token_ids[row, :length].tolist())
         text = last if texts is None else texts[row]
@@ -76,17 +77,12 @@ def trace_data(
     }
 
 
-def end_of_text(token_ids: Sequence[int], eos_token_id: int | None) -> int:
-    """The position of the first `</s>`, or the number of positions where there is none."""
-    return next((at for at, id_ in enumerate(token_ids) if id_ == eos_token_id), len(token_ids))
-
-
 def _steps(
     traces: Sequence[StepTrace],
     row: int,
     length: int,
     strings: TokenStrings,
-    eos_token_id: int | None,
+    ends: Sequence[int],
 ) -> list[dict[str, Any]]:
     steps = []
     before: list[int] | None = None
@@ -112,7 +108,7 @@ def _steps(
                 "confidence": [round(math.exp(min(value, 0.0)), 4) for value in log_probs],
                 "entropy": [round(value, 3) for value in entropies],
                 "changed": [at for at in range(length) if before and ids[at] != before[at]],
-                "end": end_of_text(ids, eos_token_id),
+                "end": before_end(ids, ends),
             }
         )
         before = ids

@@ -12,8 +12,8 @@ from typing import TextIO
 from transformers import PreTrainedTokenizerBase
 
 from tess.sampling.steps import StepTrace
+from tess.text.end_tokens import before_end, end_tokens
 from tess.text.token_strings import TokenStrings
-from tess.trace.data import end_of_text
 
 RESET = "\x1b[0m"
 # Of the 256 colours; each has a contrast above 3 on black and on white, and colour-blind people
@@ -49,7 +49,7 @@ class LiveDenoising:
         environment: Mapping[str, str] = os.environ,
     ) -> None:
         self._strings = TokenStrings(tokenizer)
-        self._eos_token_id = tokenizer.eos_token_id
+        self._ends = end_tokens(tokenizer)
         self._stream = stream
         self._in_place = (
             stream.isatty()
@@ -100,7 +100,7 @@ class LiveDenoising:
     def _spans(self, trace: StepTrace, row: int) -> list[Span]:
         """The text of an example up to its `</s>`."""
         ids = trace.token_ids[row].tolist()
-        count = min(end_of_text(ids, self._eos_token_id) + 1, len(ids))
+        count = min(before_end(ids, self._ends) + 1, len(ids))
         before = self._last_ids[row] if self._last_ids else ids
         spans: list[Span] = []
         repeated = 1
@@ -123,7 +123,7 @@ class LiveDenoising:
         changed = 0
         for row, before in enumerate(self._last_ids):
             ids = trace.token_ids[row].tolist()
-            count = end_of_text(ids, self._eos_token_id) + 1
+            count = before_end(ids, self._ends) + 1
             changed += sum(a != b for a, b in zip(ids[:count], before, strict=False))
         title = f"step {step + 1}/{num_steps}  time {trace.timestep:.3f}  changed {changed:<3}"
         spans = [(title, BOLD), ("  below", DIM)]

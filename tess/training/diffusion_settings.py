@@ -144,7 +144,7 @@ class DiffusionArguments:
             "source_encoding", "label_shift", "self_conditioning",
             "self_conditioning_mix", "self_conditioning_zeros_after_softmax",
             "self_conditioning_mlp", "deepmind_conditional", "num_source_positions",
-            "num_target_positions", "pad_loss_weight", "length_head",
+            "num_target_positions", "pad_loss_weight", "length_head", "source_drop_probability",
         ]
         chosen = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if self.simplex_value is not None:

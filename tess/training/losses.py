@@ -24,6 +24,7 @@ from tess.schedulers.density import EARLIEST_TIME, LearnedDensity
 from tess.schedulers.renoising import RenoisingScheduler
 from tess.schedulers.simplex import Simplex
 from tess.self_conditioning import Prediction
+from tess.text.end_tokens import union
 from tess.training.sharding import is_sharded
 from tess.training.update import Batch, Update
 
@@ -217,7 +218,7 @@ def _weighted(
     length_loss_weight: float,
 ) -> Tensor:
     """The batch's part in the update's mean over tokens, and in the length head's over texts."""
-    eos = _eos(core.config.backbone_config)
+    eos = union(core.config.backbone_config)
 
     def known(turn: int) -> Tensor:  # [B] bool: there is a length to be learnt
         ids_BL = update.batches[turn]["target_ids"]
@@ -258,17 +259,13 @@ def _later_times(update: Update, times_B: Tensor, steps: int) -> list[Tensor]:
     return list(times_B + shares * (1 - times_B))
 
 
-def _eos(config: HybridConfig) -> int | None:
-    return config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
-
-
 def _emptied(
     source: dict[str, Tensor], dropped_B: Tensor, config: HybridConfig
 ) -> dict[str, Tensor]:
     """The sources, the dropped ones of them empty."""
     ids_BS, mask_BS = source["source_ids"].clone(), source["source_mask"].clone()
-    eos = _eos(config)
-    empty = [token for token in (config.bos_token_id, eos) if token is not None]
+    # the first end token of a config in training is the one that sources have (`start.own_ends`)
+    empty = [token for token in (config.bos_token_id, *union(config)[:1]) if token is not None]
     mask_BS[dropped_B] = 0
     mask_BS[dropped_B, -len(empty) :] = 1
     ids_BS[dropped_B, -len(empty) :] = torch.tensor(empty, device=ids_BS.device)

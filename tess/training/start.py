@@ -19,7 +19,8 @@ from tess.schedulers.presets import DEFAULT_PRESET, SCHEDULER_PRESETS
 from tess.schedulers.renoising import RenoisingScheduler
 from tess.storage.hub import local_folder
 from tess.storage.parts import Parts, copy_weights, load_parts, own_fields
-from tess.text.tokenization import load_tokenizer, source_layout, train_tokenizer
+from tess.text.end_tokens import end_tokens
+from tess.text.tokenization import id_count, load_tokenizer, source_layout, train_tokenizer
 from tess.training.settings import SMALL_BACKBONE, Settings
 
 logger = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ def build_parts(settings: Settings, texts: Texts) -> Parts:
     sizes = PRESETS[settings.model.preset] if settings.model.preset else SMALL_BACKBONE
     fields = sizes | _direction(settings) | settings.model.backbone_overrides()
     fields |= {"num_nextn_predict_layers": int(settings.causal.mtp_depth > 0)}
-    backbone = HybridConfig(**(fields | ids | {"vocab_size": len(tokenizer)}))
+    backbone = HybridConfig(**(fields | ids | {"vocab_size": id_count(tokenizer)}))
     if settings.model.objective == "ar":
         return Parts(HybridForCausalLM(backbone), tokenizer)
     config = TessConfig(
@@ -62,7 +63,13 @@ def _tokenizer(settings: Settings, texts: Texts) -> PreTrainedTokenizerBase:
     if settings.model.train_tokenizer:
         lines = (text for row in texts for text in row if text is not None)
         return train_tokenizer(lines, size or DEFAULT_VOCAB_SIZE)
-    return load_tokenizer(settings.model.tokenizer, size)
+    tokenizer = load_tokenizer(settings.model.tokenizer)
+    if size not in (None, id_count(tokenizer)):
+        raise UserError(
+            f"vocabulary mismatch: the tokenizer has {id_count(tokenizer)} ids and vocab_size is "
+            f"{size}; leave vocab_size out"
+        )
+    return tokenizer
 
 
 def _direction(settings: Settings) -> dict[str, str]:
@@ -96,6 +103,7 @@ def _adapted(settings: Settings, given: Parts) -> Parts:
     was = given.model.config
     backbone = was if isinstance(was, HybridConfig) else was.backbone_config
     changes = settings.model.backbone_overrides() | _predictor(settings, backbone)
+    changes |= own_ends(given.tokenizer)
     backbone = HybridConfig(**(own_fields(backbone) | changes))
     if settings.model.objective == "ar":
         parts = Parts(HybridForCausalLM(backbone), given.tokenizer)
@@ -110,6 +118,13 @@ def _adapted(settings: Settings, given: Parts) -> Parts:
         if names:
             logger.warning("of %s, %s %s", settings.model.init_from, ", ".join(names), what)
     return parts
+
+
+def own_ends(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What a run here makes of a causal checkpoint: `</s>` after the source, and it comes first
+    among the end tokens, as `tess_loss` reads it."""
+    first, *others = end_tokens(tokenizer)
+    return {"eos_token_id": [first, *others] if others else first, "eos_after_source": True}
 
 
 def _predictor(settings: Settings, was: HybridConfig) -> dict[str, int]:

@@ -46,10 +46,10 @@ def relative(got, want):
 @torch.no_grad()
 def test_denoising_never_writes_the_cache(direction):
     model, cache = make(direction), HybridCache()
-    model(ids(2, 9), past_key_values=cache)
+    model(ids(2, 9), cache=cache)
     before = {i: [t.clone() for t in state] for i, state in cache.layers.items()}
-    first = model(ids(2, 6), past_key_values=cache, mode="denoise").last_hidden_state
-    second = model(ids(2, 6), past_key_values=cache, mode="denoise").last_hidden_state
+    first = model(ids(2, 6), cache=cache, mode="denoise").last_hidden_state
+    second = model(ids(2, 6), cache=cache, mode="denoise").last_hidden_state
     assert torch.equal(first, second)
     assert cache.get_seq_length() == 9
     for index, state in cache.layers.items():
@@ -64,8 +64,8 @@ def test_denoising_depends_on_the_source_and_on_both_sides_of_the_block(directio
 
     def denoise(source, target):
         cache = HybridCache()
-        model(source, past_key_values=cache, mode=source_mode)
-        return model(target, past_key_values=cache, mode="denoise").last_hidden_state
+        model(source, cache=cache, mode=source_mode)
+        return model(target, cache=cache, mode="denoise").last_hidden_state
 
     source, target = ids(1, 9), ids(1, 7)
     base = denoise(source, target)
@@ -137,15 +137,15 @@ def test_padded_denoising_equals_every_row_alone(direction):
         source_mask[row, 9 - s :], target_mask[row, :t] = 1, 1
     for mode in ("causal", "prefix"):
         cache = HybridCache()
-        model(source, attention_mask=source_mask, past_key_values=cache, mode=mode)
+        model(source, attention_mask=source_mask, cache=cache, mode=mode)
         got = model(
-            target, attention_mask=target_mask, past_key_values=cache, mode="denoise"
+            target, attention_mask=target_mask, cache=cache, mode="denoise"
         ).last_hidden_state
         for row, (s, t) in enumerate(zip(sources, targets)):
             alone = HybridCache()
-            model(source[row : row + 1, 9 - s :], past_key_values=alone, mode=mode)
+            model(source[row : row + 1, 9 - s :], cache=alone, mode=mode)
             want = model(
-                target[row : row + 1, :t], past_key_values=alone, mode="denoise"
+                target[row : row + 1, :t], cache=alone, mode="denoise"
             ).last_hidden_state
             assert relative(got[row : row + 1, :t], want) < 1e-5
 
@@ -155,31 +155,31 @@ def test_padded_denoising_equals_every_row_alone(direction):
 @torch.no_grad()
 def test_a_padded_block_after_a_cache_equals_each_row_alone(pattern):
     model, cache = make(hybrid_override_pattern=pattern).double(), HybridCache()
-    model(ids(3, 6), past_key_values=cache)
+    model(ids(3, 6), cache=cache)
     before = cache.snapshot()
     mask = torch.ones(3, 5, dtype=torch.long)
     mask[0, :2], mask[1, :] = 0, 0
     mask[1, 4:] = 1
     block, after = ids(3, 5), ids(3, 2)
-    got = model(block, attention_mask=mask, past_key_values=cache).last_hidden_state
-    then = model(after, past_key_values=cache).last_hidden_state
+    got = model(block, attention_mask=mask, cache=cache).last_hidden_state
+    then = model(after, cache=cache).last_hidden_state
     for row in range(3):
         alone = before.select(torch.tensor([row]))
         start = int((mask[row] == 0).sum())
-        want = model(block[row : row + 1, start:], past_key_values=alone).last_hidden_state[0]
+        want = model(block[row : row + 1, start:], cache=alone).last_hidden_state[0]
         assert relative(got[row, start:], want) < 1e-12
-        want = model(after[row : row + 1], past_key_values=alone).last_hidden_state[0]
+        want = model(after[row : row + 1], cache=alone).last_hidden_state[0]
         assert relative(then[row], want) < 1e-12
 
 
 def test_causal_source_cached_equals_the_same_source_recomputed_token_by_token():
     model, whole, stepwise = make(), HybridCache(), HybridCache()
     source, target = ids(2, 11), ids(2, 6)
-    model(source, past_key_values=whole)
+    model(source, cache=whole)
     for t in range(11):
-        model(source[:, t : t + 1], past_key_values=stepwise)
-    want = model(target, past_key_values=whole, mode="denoise").last_hidden_state
-    got = model(target, past_key_values=stepwise, mode="denoise").last_hidden_state
+        model(source[:, t : t + 1], cache=stepwise)
+    want = model(target, cache=whole, mode="denoise").last_hidden_state
+    got = model(target, cache=stepwise, mode="denoise").last_hidden_state
     assert relative(got, want) < 1e-5
 
 
@@ -188,24 +188,24 @@ def test_snapshot_select_and_repeat():
     model, cache = make(), HybridCache()
     mask = torch.ones(3, 7, dtype=torch.long)
     mask[1, :2] = 0
-    model(ids(3, 7), attention_mask=mask, past_key_values=cache)
+    model(ids(3, 7), attention_mask=mask, cache=cache)
     saved = cache.snapshot()
     block = ids(3, 4)
-    first = model(block, past_key_values=cache).last_hidden_state
+    first = model(block, cache=cache).last_hidden_state
     cache.restore(saved)
     assert cache.get_seq_length() == 7
-    assert torch.equal(model(block, past_key_values=cache).last_hidden_state, first)
+    assert torch.equal(model(block, cache=cache).last_hidden_state, first)
 
     rows = torch.tensor([2, 1, 1])
     picked = saved.select(rows)
-    got = model(block[rows], past_key_values=picked, mode="denoise").last_hidden_state
-    want = model(block, past_key_values=saved, mode="denoise").last_hidden_state[rows]
+    got = model(block[rows], cache=picked, mode="denoise").last_hidden_state
+    want = model(block, cache=saved, mode="denoise").last_hidden_state[rows]
     assert relative(got, want) < 1e-5
     doubled = saved.repeat(2)
     got = model(
-        block.repeat_interleave(2, 0), past_key_values=doubled, mode="denoise"
+        block.repeat_interleave(2, 0), cache=doubled, mode="denoise"
     ).last_hidden_state
-    want = model(block, past_key_values=saved, mode="denoise").last_hidden_state
+    want = model(block, cache=saved, mode="denoise").last_hidden_state
     assert relative(got[::2], want) < 1e-5 and relative(got[1::2], want) < 1e-5
     assert doubled.num_bytes() == 2 * saved.num_bytes()
 
@@ -345,13 +345,13 @@ def test_a_wrong_call_says_what_is_wrong():
         model(ids(1, 4), attention_mask=torch.ones(1, 5))
     mask = torch.tensor([[1, 1, 1, 0]])
     with pytest.raises(ValueError, match="left-padded; got right padding"):
-        model(ids(1, 4), attention_mask=mask, past_key_values=HybridCache())
+        model(ids(1, 4), attention_mask=mask, cache=HybridCache())
     cache = HybridCache()
-    model(ids(2, 4), past_key_values=cache)
+    model(ids(2, 4), cache=cache)
     with pytest.raises(ValueError, match="already holds 4 positions"):
-        model(ids(2, 4), past_key_values=cache, mode="prefix")
+        model(ids(2, 4), cache=cache, mode="prefix")
     with pytest.raises(ValueError, match="the cache holds 2 rows, the block has 3"):
-        model(ids(3, 4), past_key_values=cache, mode="denoise")
+        model(ids(3, 4), cache=cache, mode="denoise")
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -364,8 +364,8 @@ def test_gradient_checkpointing_changes_no_gradient_through_the_cache(direction,
             model.activation_checkpointing_enable()
         model.zero_grad()
         cache = HybridCache()
-        model(ids(2, 9), past_key_values=cache, mode=source_mode)
-        model(ids(2, 6), past_key_values=cache, mode="denoise").last_hidden_state.sum().backward()
+        model(ids(2, 9), cache=cache, mode=source_mode)
+        model(ids(2, 6), cache=cache, mode="denoise").last_hidden_state.sum().backward()
         grads.append([p.grad.clone() for p in model.parameters()])
     for one, other in zip(*grads):
         torch.testing.assert_close(one, other)

@@ -8,11 +8,13 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import NemotronHConfig, NemotronHForCausalLM
 
 from tess.backbones.cache import HybridCache
 from tess.backbones.causal_lm import HybridForCausalLM
 from tess.backbones.config import HybridConfig
+from tess.backbones.released import load_released
 
 BASE = {
     "vocab_size": 61, "hidden_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -86,6 +88,42 @@ def test_logits_equal_transformers(name, length):
     assert relative(ours(input_ids=ids).logits, want) < 1e-5
 
 
+@pytest.mark.parametrize("stored", ["bfloat16", "float32"])
+@pytest.mark.parametrize("name", ["all-mixers", "latent-moe", "expert-groups"])
+@torch.no_grad()
+def test_bfloat16_models_choose_the_experts_that_transformers_chooses(name, stored, tmp_path):
+    # transformers keeps router weights in float32 as of 5.24; before, it rounds them, which
+    # changes nothing where the file has them in bfloat16, as released ones do
+    build(name)[0].bfloat16().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    routers = {key: value for key, value in weights.items() if key.endswith("gate.weight")}
+    for key, value in routers.items():
+        wide = value.float() * (1 + 2**-12 if stored == "float32" else 1)
+        routers[key] = weights[key] = wide if stored == "float32" else wide.bfloat16()
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    ours = load_released(tmp_path, dtype=torch.bfloat16)
+    oracle = NemotronHForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    for module in oracle.modules():
+        if hasattr(module, "time_step_limit"):
+            module.time_step_limit = (0.0, math.inf)
+    for key, value in routers.items():
+        layer = int(key.split(".")[2])
+        router = ours.backbone.layers[layer].mixer.gate
+        assert router.weight.dtype == torch.float32 and torch.equal(router.weight, value.float())
+        theirs = oracle.model.layers[layer].mixer.gate
+        if stored == "bfloat16" or theirs.weight.dtype == torch.float32:
+            assert torch.equal(theirs.weight.float(), router.weight)
+        theirs.weight.data = value.float()
+        hidden = torch.randn(200, BASE["hidden_size"]).bfloat16()
+        scores = theirs(hidden)
+        scores = scores[0] if isinstance(scores, tuple) else scores
+        want = torch.nn.functional.linear(hidden.float(), value.float())
+        torch.testing.assert_close(scores.view_as(want), want)
+    ids = torch.randint(0, 61, (2, 37))
+    want = oracle(input_ids=ids, use_cache=False).logits.float()
+    assert relative(ours(input_ids=ids).logits, want) < 0.03
+
+
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name != "biases"])
 @torch.no_grad()
 def test_left_padded_batch_equals_transformers_and_unpadded_rows(name):
@@ -130,7 +168,7 @@ def test_cached_continuation_equals_one_full_forward(name, block):
         if start == stop:
             break
         out = ours(
-            input_ids=ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache,
+            input_ids=ids[:, start:stop], attention_mask=mask[:, :stop], cache=cache,
             use_cache=True,
         )
         parts.append(out.logits)

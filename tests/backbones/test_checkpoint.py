@@ -13,6 +13,7 @@ from transformers import NemotronHConfig, NemotronHForCausalLM
 from tess.backbones.causal_lm import HybridForCausalLM
 from tess.backbones.checkpoint import load_checkpoint, tensor_names
 from tess.backbones.config import HybridConfig
+from tess.backbones.damage import POINTER
 from tess.backbones.hybrid import HybridModel
 from tess.backbones.released import load_released, read_released_config, save_released
 
@@ -144,11 +145,16 @@ def test_the_prefix_of_transformers_means_the_same(tmp_path):
         {"time_step_limit": [0.0, math.inf]},
         {"time_step_limit": [0.0, 1e308], "rope_theta": 10000, "residual_in_fp32": False},
         {"auto_map": {"AutoConfig": "x.Y"}, "time_step_rank": 256, "norm_eps": 1e-5},
+        {
+            "layers_block_type": ["linear_attention", "full_attention", "moe"] * 2,
+            "hybrid_override_pattern": None, "mtp_layers_block_type": None,
+        },
+        {"num_hidden_layers": 99, "layers_block_type": None, "num_nextn_predict_layers": None},
     ],
 )
 def test_every_spelling_of_released_configs_is_read(tmp_path, changes):
     fields = OPTIONS | {"model_type": "nemotron_h"} | changes
-    if "layers_block_type" in changes:
+    if changes.get("layers_block_type") and "hybrid_override_pattern" not in changes:
         del fields["hybrid_override_pattern"]
     (tmp_path / "config.json").write_text(json.dumps(fields))  # json writes bare Infinity
     config = read_released_config(tmp_path)
@@ -236,11 +242,77 @@ def test_a_predictor_can_be_left_out_and_its_loss_is_noticed(tmp_path):
     with pytest.raises(ValueError, match="has no mtp.* tensors, .*read it with mtp=False"):
         load_released(tmp_path)
     assert load_released(tmp_path, mtp=False).mtp is None
-    edit_config(tmp_path, num_nextn_predict_layers=0)
-    save_released(model, tmp_path / "with")
-    edit_config(tmp_path / "with", num_nextn_predict_layers=0)
-    with pytest.raises(ValueError, match="has unknown mtp.layers"):
-        load_released(tmp_path / "with")
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, None, "left out"])
+def test_whether_there_is_a_predictor_the_files_say_and_not_the_count(tmp_path, count):
+    model = make()
+    save_released(model, tmp_path)
+    edit_config(tmp_path, num_nextn_predict_layers=count)
+    if count == "left out":
+        path = tmp_path / "config.json"
+        fields = json.loads(path.read_text())
+        del fields["num_nextn_predict_layers"]
+        path.write_text(json.dumps(fields))
+    loaded = load_released(tmp_path)
+    assert same_tensors(loaded, model) and loaded.config.num_nextn_predict_layers == 1
+
+
+def test_a_second_block_of_the_predictor_is_counted_and_the_rest_can_be_read(tmp_path):
+    model = make()
+    save_released(model, tmp_path)
+    second = {
+        name.replace("mtp.layers.0.", "mtp.layers.2."): tensor
+        for name, tensor in load_file(tmp_path / "model.safetensors").items()
+        if name.startswith("mtp.layers.0.")
+    }
+    rewrite(tmp_path / "model.safetensors", lambda tensors: tensors.update(second))
+    with pytest.raises(ValueError, match="has 2 blocks of mtp.* tensors, and one can be used"):
+        load_released(tmp_path)
+    ids = torch.randint(0, 61, (2, 9))
+    assert torch.equal(load_released(tmp_path, mtp=False)(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("prefix", ["backbone", "model"])
+def test_an_embedding_in_the_singular_is_the_embedding(tmp_path, prefix):
+    model = make()
+    save_released(model, tmp_path)
+    rewrite(
+        tmp_path / "model.safetensors",
+        lambda tensors: tensors.update(
+            {f"{prefix}.embedding.weight": tensors.pop("backbone.embeddings.weight")}
+        ),
+    )
+    assert same_tensors(load_released(tmp_path), model)
+
+
+def test_an_index_that_names_only_the_single_file_may_stand_beside_it(tmp_path):
+    model = make()
+    save_released(model, tmp_path)
+    index = {"weight_map": dict.fromkeys(tensor_names(tmp_path), "model.safetensors")}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert same_tensors(load_released(tmp_path), model)
+
+
+def test_router_weights_are_float32_in_memory_and_a_file_is_written_as_it_was_read(tmp_path):
+    model = make(torch.bfloat16)
+    save_released(model, tmp_path / "a")
+    name = "backbone.layers.2.mixer.gate.weight"
+    assert load_file(tmp_path / "a" / "model.safetensors")[name].dtype == torch.bfloat16
+    loaded = load_released(tmp_path / "a")
+    router = loaded.backbone.layers[2].mixer.gate
+    assert router.weight.dtype == torch.float32
+    assert torch.equal(router.weight, model.backbone.layers[2].mixer.gate.weight.float())
+    router.weight.data += 1e-5  # a step of training that bfloat16 cannot hold
+    save_released(loaded, tmp_path / "b")
+    stored = load_file(tmp_path / "b" / "model.safetensors")
+    assert stored[name].dtype == torch.float32 and torch.equal(stored[name], router.weight)
+    assert stored["lm_head.weight"].dtype == torch.bfloat16
+    # transformers writes what it holds in memory, and so does our own layout
+    loaded.save_pretrained(tmp_path / "c")
+    assert load_file(tmp_path / "c" / "model.safetensors")[name].dtype == torch.float32
+    again = HybridForCausalLM.from_pretrained(tmp_path / "c", dtype=torch.bfloat16)
+    assert torch.equal(again.backbone.layers[2].mixer.gate.weight, router.weight)
 
 
 # What is refused
@@ -345,13 +417,12 @@ def test_tensors_that_do_not_fit_are_refused_by_name(tmp_path, change, message):
     [
         ({"hybrid_override_pattern": "MXE*Q"}, r"'MXE\*Q' has \['Q', 'X'\]; layers are"),
         ({"mtp_hybrid_override_pattern": "*Y"}, r"mtp_hybrid_override_pattern '\*Y' has \['Y'\]"),
-        ({"num_nextn_predict_layers": 2}, "0 or 1 in every release, got 2"),
         ({"model_type": "nemotron_h_puzzle"}, "model_type 'nemotron_h_puzzle'; expected 'nemotr"),
         ({"quantization_config": {"quant_method": "modelopt"}}, r"quantized weights \(modelopt\)"),
         ({"hidden_size": "48"}, "hidden_size"),
         ({"hidden_size": -4}, "hidden_size must be 1 or more, got -4"),
         ({"n_groups": 0}, "n_groups must be 1 or more, got 0"),
-        ({"num_hidden_layers": 99}, "num_hidden_layers is 99, but 'M.EM-.' has 6 layers"),
+        ({"hybrid_override_pattern": None}, "names no layers; expected hybrid_override_pattern"),
         ({"layers_block_type": ["mamba", "moe"]}, "layers_block_type says 'ME' and"),
         ({"layers_block_type": []}, "layers_block_type says '' and"),
         ({"time_step_limit": [0.1]}, "time_step_limit must be a lower and an upper limit"),
@@ -405,6 +476,26 @@ def test_a_model_without_its_own_head_reads_the_part_that_it_wants(tmp_path):
     # the names of a bare backbone have no prefix, so it is not taken for what it is not
     with pytest.raises(ValueError, match="lacks embeddings.weight"):
         load_checkpoint(HybridModel, model.config, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        (POINTER + b"v1\noid sha256:0\nsize 7\n", "is a Git LFS pointer, not the file itself"),
+        (b"", "is empty"),
+        (b"\x80\x81\xfe", "is no JSON object, but binary"),
+    ],
+    ids=["pointer", "empty", "binary"],
+)
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "generation_config.json"])
+def test_a_file_that_is_damaged_as_a_whole_is_named_with_what_it_is(
+    tmp_path, name, content, fault
+):
+    save_released(make(), tmp_path)
+    (tmp_path / name).write_bytes(content)
+    message = refused(tmp_path)
+    assert str(tmp_path / name) in message
+    assert (fault if name.endswith("json") or content[:1] != b"\x80" else "truncated") in message
 
 
 # Memory

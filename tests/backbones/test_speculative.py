@@ -97,21 +97,21 @@ def test_advancing_equals_reading_only_the_kept_tokens(pattern):
     ids, mask = prompts(3, 9)
     block = torch.randint(3, 61, (3, 5))
     cache = HybridCache()
-    model(ids, attention_mask=mask, past_key_values=cache)
+    model(ids, attention_mask=mask, cache=cache)
     before = cache.snapshot()
-    out = model(block, past_key_values=cache, mode="verify")
+    out = model(block, cache=cache, mode="verify")
     assert cache.length == before.length == 9
-    whole = model(block, past_key_values=before.snapshot()).last_hidden_state
+    whole = model(block, cache=before.snapshot()).last_hidden_state
     assert relative(out.last_hidden_state, whole) < 1e-12
     counts = torch.tensor([5, 1, 3])
     cache.advance(out.record, counts)
     cache.compact()
     probe = torch.randint(3, 61, (3, 4))
-    got = model(probe, past_key_values=cache).last_hidden_state
+    got = model(probe, cache=cache).last_hidden_state
     for row, count in enumerate(counts.tolist()):
         alone = before.select(torch.tensor([row]))
-        model(block[row : row + 1, :count], past_key_values=alone)
-        want = model(probe[row : row + 1], past_key_values=alone).last_hidden_state[0]
+        model(block[row : row + 1, :count], cache=alone)
+        want = model(probe[row : row + 1], cache=alone).last_hidden_state[0]
         assert relative(got[row], want) < 1e-12
 
 
@@ -119,17 +119,17 @@ def test_advancing_equals_reading_only_the_kept_tokens(pattern):
 def test_compacting_drops_the_padding_that_all_rows_can_spare_and_changes_nothing():
     model = make().double().backbone
     cache = HybridCache()
-    model(torch.randint(3, 61, (2, 4)), past_key_values=cache)
+    model(torch.randint(3, 61, (2, 4)), cache=cache)
     for counts in ([1, 4], [4, 1], [2, 2]):
-        out = model(torch.randint(3, 61, (2, 4)), past_key_values=cache, mode="verify")
+        out = model(torch.randint(3, 61, (2, 4)), cache=cache, mode="verify")
         cache.advance(out.record, torch.tensor(counts))
     compact = cache.snapshot()
     compact.compact()
     assert (cache.length, compact.length) == (4 + 4 + 4 + 2, 4 + 1 + 4 + 2)
     assert compact.key_mask is None  # both rows kept as many: no padding is left
     probe = torch.randint(3, 61, (2, 3))
-    want = model(probe, past_key_values=cache).last_hidden_state
-    assert relative(model(probe, past_key_values=compact).last_hidden_state, want) < 1e-12
+    want = model(probe, cache=cache).last_hidden_state
+    assert relative(model(probe, cache=compact).last_hidden_state, want) < 1e-12
     compact.compact()
     assert compact.length == 14
 
@@ -138,7 +138,7 @@ def test_verifying_needs_a_cached_text():
     model = make().backbone
     for cache in (None, HybridCache()):
         with pytest.raises(ValueError, match="verify mode reads a block after a cached text"):
-            model(torch.ones(1, 2, dtype=torch.long), past_key_values=cache, mode="verify")
+            model(torch.ones(1, 2, dtype=torch.long), cache=cache, mode="verify")
 
 
 # Whole texts

@@ -5,7 +5,8 @@ import itertools
 import pytest
 import torch
 
-from tess.benchmarks.law.carried import benchmark_carried, format_carried
+from tess.benchmarks.doors import carried
+from tess.benchmarks.law.carried import benchmark_carried
 from tess.errors import UserError
 from tess.schedulers.noise import alpha_bar
 from tess.schedulers.recoverability import auto_simplex_value
@@ -36,7 +37,7 @@ def test_every_sampler_is_compared_at_every_time():
     assert 0.5 < whole["dense_correlation"] < 1 and whole["correlation_error"] < 0.1
     assert small(seed=1)["rows"] == result["rows"] != small()["rows"]
 
-    lines = format_carried(result).splitlines()
+    lines = carried.table(result).splitlines()
     assert lines[0].startswith("carried: synthetic embedding 60 x 5, k = 1.64, K = 16, 1,024 samp")
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line[:1] == "|"]
     assert table[0] == ["prediction", "t", "sigma", "correlation", "dense", "M=1", "M=20"]

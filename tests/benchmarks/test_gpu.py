@@ -14,6 +14,7 @@ import torch
 
 pytest.importorskip("triton", reason="the GPU benchmark needs the package triton")
 
+from tess.benchmarks.commands import make_parser
 from tess.benchmarks.gpu import (
     checks,  # noqa: E402
     shapes,  # noqa: E402
@@ -23,9 +24,9 @@ from tess.benchmarks.gpu import report as benchmark_gpu_report
 from tess.benchmarks.gpu import run as benchmark_gpu
 from tess.benchmarks.gpu.cases import Maker, evaluate, scan_case  # noqa: E402
 from tess.benchmarks.gpu.clock import Clock, as_gpu, summarize  # noqa: E402
-from tess.benchmarks.gpu.peers import PACKAGES, Absent, Contender, load  # noqa: E402
-from tess.benchmarks.gpu.run import Options  # noqa: E402
-from tess.commands.benchmark import main, make_parser
+from tess.benchmarks.gpu.options import OPERATIONS, PACKAGES, Options  # noqa: E402
+from tess.benchmarks.gpu.peers import Absent, Contender, load  # noqa: E402
+from tess.commands.benchmark import main  # noqa: E402
 from tess.costs.gpus import Gpu  # noqa: E402
 from tess.costs.roofline import Cost  # noqa: E402
 from tess.errors import UserError  # noqa: E402
@@ -44,15 +45,6 @@ needs_interpreter = pytest.mark.skipif(
 def script(*arguments):
     """Call the script's main in this process; its status."""
     return main([str(argument) for argument in arguments])
-
-
-def keys_of(value):
-    """Every key of nested objects, but not of the sizes of a kernel's inputs."""
-    if isinstance(value, dict):
-        return set(value).union(*(keys_of(inner) for inner in value.values()))
-    if isinstance(value, list):
-        return set().union(*(keys_of(inner) for inner in value))
-    return set()
 
 
 def without_kernels():
@@ -74,7 +66,7 @@ def dry_run(*arguments):
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
-def test_a_dry_run_checks_and_compares_every_operation(tmp_path, capsys):
+def test_a_dry_run_checks_and_compares_every_operation(tmp_path, assert_keys_are_documented):
     out = tmp_path / "figures.json"
     run = dry_run("--json", out)
     table, figures = run.stdout, json.loads(out.read_text())
@@ -91,7 +83,7 @@ def test_a_dry_run_checks_and_compares_every_operation(tmp_path, capsys):
     assert any("BLOCK" in row["configuration"] for row in figures["checks"])
 
     ours = [row for row in figures["rows"] if row["system"] == "ours"]
-    timed = {op for op in checks.OPERATIONS if not {op, *checks.PARTS.get(op, ())} & missing}
+    timed = {op for op in OPERATIONS if not {op, *checks.PARTS.get(op, ())} & missing}
     assert {row["op"] for row in ours} == timed
     for row in figures["rows"]:
         assert not row["failed"] and (row["ms"] or row["note"])
@@ -102,11 +94,7 @@ def test_a_dry_run_checks_and_compares_every_operation(tmp_path, capsys):
     for peer in figures["peers"]:
         assert peer["version"] or peer["package"] in re.search("absent: (.*)", table)[1]
     assert len(figures["goals"]) == 7 and all(goal["met"] is None for goal in figures["goals"])
-
-    with pytest.raises(SystemExit):
-        script("--help")
-    words = set(re.findall(r"\w+", capsys.readouterr().out))
-    assert keys_of(figures) <= words
+    assert_keys_are_documented(figures)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
@@ -402,7 +390,8 @@ def test_the_bidirectional_case_differs_from_two_passes_by_the_token_counted_twi
     torch.testing.assert_close(ys["forward"] + ys["reverse"] - own, ys["bidirectional"])
 
 
-def test_options_have_the_defaults_of_the_command():
+def test_options_have_the_names_that_are_built_and_the_defaults_of_the_command():
+    assert OPERATIONS == tuple(checks.BUILDERS)
     args = make_parser().parse_args(["gpu"])
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in vars(args).items()}
     assert Options(**{name: given[name] for name in vars(Options())}) == Options()

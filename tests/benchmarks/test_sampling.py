@@ -11,9 +11,10 @@ from transformers import SequenceBiasLogitsProcessor
 
 from tess.backbones.config import HybridConfig
 from tess.benchmarks.cache import _joint_twin, _shapes, benchmark_cache
+from tess.benchmarks.doors import lengths
 from tess.benchmarks.sampling.agreement import benchmark_agreement, compare
 from tess.benchmarks.sampling.grid import benchmark_sampling, goals, summarize
-from tess.benchmarks.sampling.lengths import benchmark_lengths, format_lengths
+from tess.benchmarks.sampling.lengths import benchmark_lengths
 from tess.benchmarks.sampling.plot import plot_sampling
 from tess.benchmarks.sampling.report import format_sampling
 from tess.benchmarks.sampling.trials import Data, Texts, Trials
@@ -202,7 +203,7 @@ def test_canvases_are_what_they_are_called(trials):
     assert found["fixed"]["canvas_mean"] == 24 and found["fixed"]["too_short"] == 0
     gold = len(trials.pipeline.tokenizer("the cat", add_special_tokens=False)["input_ids"]) + 1
     assert found["gold"]["canvas_mean"] == found["rule"]["gold_mean"] == gold
-    assert "gold (diagnostic)" in format_lengths(result)
+    assert "gold (diagnostic)" in lengths.table(result)
     with pytest.raises(UserError, match="no length head"):
         benchmark_lengths(trials, ["predicted"], steps=1, seeds=[0])
 

@@ -4,6 +4,7 @@ import copy
 import json
 import re
 import shutil
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,13 @@ import yaml
 from tess.comparison.arms import ARM_FILE, plan_arms
 from tess.comparison.page import interval, markdown
 from tess.comparison.recipe import DEFAULT_SYSTEMS, System, read_recipe
+from tess.comparison.report import Cost, Figure, Report, Verdict, from_json
 from tess.comparison.run import compare
 from tess.comparison.scores import costs, over_seeds, verdict
-from tess.comparison.systems import Models, texts_key
+from tess.comparison.state import Models
+from tess.comparison.texts import texts_key
 from tess.comparison.timing import evenly_spaced, measure_peak, peak_memory
+from tess.decoders.base import Generation
 from tess.errors import UserError
 from tess.metrics.catalog import PROTOCOLS
 
@@ -137,7 +141,7 @@ def test_the_page_shows_intervals_samples_and_the_setting(finished):
     (folder, _), (report, _), _ = finished
     page = (folder / "out" / "report.md").read_text()
     sari = report["results"]["systems"]["tess-2"]["seeds"]["0"]["measures"]["sari"]
-    assert f"| tess-2 | {interval(sari)} |" in page
+    assert f"| tess-2 | {interval(Figure(**sari))} |" in page
     assert re.search(r"\| tess-2 \| \d+\.\d+ \[\d+\.\d+, \d+\.\d+\] \|", page)
     assert "asset|sari|tok:13a" in page and "max_steps: 4" in page
     assert page.count("### Row ") == 2 and "](quality_nfe.svg)" in page
@@ -152,7 +156,7 @@ def test_a_second_call_trains_and_writes_nothing_again(finished, monkeypatch):
     stamps = [path.stat().st_mtime_ns for path in texts]
     lines = []
     monkeypatch.setattr("tess.comparison.arms.train", lambda *_, **__: pytest.fail("trained"))
-    monkeypatch.setattr("tess.comparison.run.write_texts", lambda *_, **__: pytest.fail("wrote"))
+    monkeypatch.setattr("tess.comparison.texts.write_texts", lambda *_, **__: pytest.fail("wrote"))
     again = compare(recipe_in(folder), plots=False, say=lines.append)
     assert json.loads(again.read_text())["results"] == before["results"]
     assert [path.stat().st_mtime_ns for path in texts] == stamps
@@ -243,12 +247,13 @@ def test_checkpoints_stages_and_seeds(finished, tmp_path):
     ours = results["systems"]["tess-1"]
     values = [one["measures"]["bleu"]["value"] for one in ours["seeds"].values()]
     assert len(values) == 2 and ours["over_seeds"]["bleu"]["max"] == max(values)
-    assert "## Over 2 seeds" in markdown(report)
+    page = markdown(from_json(Report, report))
+    assert "## Over 2 seeds" in page
     assert results["baselines"]["truncation_words"] == 1
     assert results["baselines"]["lead_sentences"] == 2
     measures = results["baselines"]["measures"]  # of these, the copy alone has read the source
     assert measures["fixed"]["self_bleu"]["value"] < measures["copy"]["self_bleu"]["value"]
-    assert "one fixed text (“What is it?”)" in markdown(report)
+    assert "one fixed text (“What is it?”)" in page
     with pytest.raises(UserError, match="fixed_text must have a word"):
         recipe_in(tmp_path, fixed_text=" ")
 
@@ -258,7 +263,7 @@ def test_checkpoints_with_other_numbers_of_updates_are_refused(finished, tmp_pat
     train = folder / "out" / "train" / "main"
     given = {arm: str(train / f"{arm}.seed0") for arm in ("tess", "ar")}
     known = {given["tess"]: 4, given["ar"]: 8}
-    monkeypatch.setattr("tess.comparison.run.updates_of", lambda place: known[str(place)])
+    monkeypatch.setattr("tess.comparison.arms.updates_of", lambda place: known[str(place)])
     recipe = recipe_in(tmp_path, stages=None, checkpoints=given)
     with pytest.raises(UserError, match="training of tess has 4 updates and that of ar 8"):
         compare(recipe, plots=False)
@@ -419,36 +424,32 @@ def test_the_shipped_recipe_can_be_planned():
 
 
 def test_costs_and_verdicts_by_hand():
-    rows = [
-        {"nfe": 4, "num_new_tokens": 10, "num_verifications": 2},
-        {"nfe": 2, "num_new_tokens": 5, "num_verifications": 1},
+    texts = [
+        Generation("a", [], num_new_tokens=10, nfe=4, num_verifications=2),
+        Generation("b", [], num_new_tokens=5, nfe=2, num_verifications=1),
     ]
-    found = costs(rows)
-    assert found["nfe_mean"] == 3 and found["nfe_max"] == 4
-    assert found["tokens_per_forward"] == pytest.approx(15 / 6)
-    assert found["acceptance_length"] == pytest.approx((15 - 2) / (2 + 1))
-    undrafted = [row | {"num_verifications": 0} for row in rows]
-    assert costs(undrafted)["acceptance_length"] is None
-    ours = {"m": {"value": 3, "low": 2, "high": 4}}
-    others = {"copy": {"m": {"low": 0, "high": 1.9}}, "untrained": {"m": {"low": 1, "high": 2.1}}}
-    assert verdict(ours, others, "m", True) == {
-        "better_than_copy": True, "better_than_untrained": False,
-    }
-    assert not any(verdict(ours, others, "m", False).values())
-    assert interval({"value": 32.61, "low": 31.2, "high": 34.04}) == "32.6 [31.2, 34.0]"
+    found = costs(texts, None, "unknown")
+    assert found == Cost(3, 4, 7.5, 15 / 6, (15 - 2) / (2 + 1), None, "unknown")
+    undrafted = [replace(text, num_verifications=0) for text in texts]
+    assert costs(undrafted, 1.0, None).acceptance_length is None
+    ours, copy, untrained = Figure(3, 2, 4), Figure(1, 0, 1.9), Figure(2, 1, 2.1)
+    assert verdict(ours, copy, untrained, True) == Verdict(True, False)
+    assert verdict(ours, copy, untrained, False) == Verdict(False, False)
+    assert interval(Figure(32.61, 31.2, 34.04)) == "32.6 [31.2, 34.0]"
     assert evenly_spaced(100, 10) == list(range(0, 100, 10)) and evenly_spaced(2, 5) == [0, 1]
-    seeds = {
-        s: {"measures": {"m": {"value": v}}, "cost": dict.fromkeys(found, v) | {
-            "flops_per_output_token": None}}
-        for s, v in (("0", 1.0), ("1", 4.0))
-    }
-    assert over_seeds(seeds)["m"] == {"mean": 2.5, "min": 1.0, "max": 4.0}
-    assert "flops_per_output_token" not in over_seeds(seeds)
+
+
+def test_means_over_seeds_are_of_what_all_seeds_have(finished):
+    _, (report, _), _ = finished
+    one = from_json(Report, report).results.systems["ar"].first
+    other = replace(one, measures={"m": Figure(4.0, 3, 5)}, cost=replace(one.cost, nfe_mean=7))
+    one = replace(one, measures={"m": Figure(1.0, 0, 2)}, cost=replace(one.cost, nfe_mean=5))
+    spread = over_seeds([one, other])
+    assert astuple(spread["m"]) == (2.5, 1.0, 4.0) and astuple(spread["nfe_mean"]) == (6, 5, 7)
+    assert one.cost.acceptance_length is None and "acceptance_length" not in spread
 
 
 def test_peak_memory_is_of_a_process_of_its_own(finished, monkeypatch):
-    from tess.comparison.systems import Models
-
     (folder, _), _, _ = finished
     models = Models(0, folder / "out" / "models.seed0", {})
     own = measure_peak({"system": None})

@@ -144,7 +144,7 @@ def test_cache_formulas_count_the_bytes_of_a_real_cache():
     config, pattern = tiny(hybrid_override_pattern="MM*-*"), "MM*-*"
     model, saved = HybridForCausalLM(config).bfloat16().eval(), HybridCache()
     with torch.no_grad():
-        model(torch.ones(3, 7, dtype=torch.long), past_key_values=saved, use_cache=True)
+        model(torch.ones(3, 7, dtype=torch.long), cache=saved, use_cache=True)
     states = ssm_bytes_per_sequence(config, pattern) + conv_bytes_per_sequence(config, pattern)
     assert saved.num_bytes() == 3 * (states + 7 * kv_bytes_per_token(config, pattern))
 
@@ -201,15 +201,15 @@ def test_decoding_has_the_operations_that_really_run():
     config = HybridConfig(**WIDE)
     model, saved = HybridForCausalLM(config).double().eval(), HybridCache()
     with torch.no_grad():
-        model(torch.ones(2, 40, dtype=torch.long), past_key_values=saved, use_cache=True)
+        model(torch.ones(2, 40, dtype=torch.long), cache=saved, use_cache=True)
 
     def step():
         token = torch.ones(2, 1, dtype=torch.long)
-        model(token, past_key_values=saved.snapshot(), use_cache=True)
+        model(token, cache=saved.snapshot(), use_cache=True)
 
     def check():
         block = torch.ones(2, 4, dtype=torch.long)
-        out = model.backbone(block, past_key_values=saved, mode="verify")
+        out = model.backbone(block, cache=saved, mode="verify")
         model.lm_head(out.last_hidden_state)
         saved.snapshot().advance(out.record, torch.tensor([4, 4]))  # the state moves only here
 

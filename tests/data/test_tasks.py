@@ -1,15 +1,20 @@
 """The task registry: packaged rows, and hub datasets in their real column layout."""
 
+import runpy
+from datetime import date
 from importlib import resources
+from pathlib import Path
 
 import datasets
 import pytest
 
-from tess.data.rows import Example
+from tess.data.rows import Example, load_rows
 from tess.data.tasks.catalog import DEFAULT_DATASET, TASKS, get_task, load_task
 from tess.errors import UserError
 from tess.text.sentences import sentence_around, split_sentences
 
+ROOT = Path(__file__).resolve().parents[2]
+SIZES = {"train": 500, "test": 50}
 SAMPLES = [(task.name, split) for task in TASKS.values() for split in task.sample_splits]
 
 # hub path, config -> split -> rows with every column that the real dataset has
@@ -36,7 +41,8 @@ HUB = {
             {"question1": "Q1?", "question2": "Q2?", "label": 0, "idx": 0},
             {"question1": "Q3?", "question2": "Q4?", "label": 1, "idx": 1},
             {"question1": "Q5?", "question2": "", "label": 1, "idx": 2},
-            {"question1": "Q7?", "question2": "Q8?", "label": 1, "idx": 3},
+            {"question1": "\u200b", "question2": "Q6?", "label": 1, "idx": 3},
+            {"question1": "\ufeffQ7?", "question2": "Q8?", "label": 1, "idx": 4},
         ]
     },
     ("rajpurkar/squad", None): {
@@ -97,12 +103,33 @@ def test_paraphrase_and_summarization_tests_have_several_references():
 def test_samples_stay_small_and_every_dataset_in_them_has_a_licence_notice():
     folder = resources.files("tess") / "samples"
     files = [file for file in folder.iterdir() if file.name.endswith(".jsonl")]
-    assert sorted(file.name for file in files) == sorted(f"{n}.{s}.jsonl" for n, s in SAMPLES)
-    assert sum(len(file.read_bytes()) for file in files) < 300_000
+    known = [*SAMPLES, ("dates", "train"), ("dates", "test")]
+    assert sorted(file.name for file in files) == sorted(f"{n}.{s}.jsonl" for n, s in known)
+    assert sum(len(file.read_bytes()) for file in files) < 350_000
     notice = (folder / "README.md").read_text(encoding="utf-8")
     for file in files:
         for row in datasets.Dataset.from_json(str(file)).to_list():
             assert f"| `{row['dataset']}` |" in notice
+
+
+def test_the_dates_of_the_first_example_are_what_their_program_writes():
+    program = runpy.run_path(str(ROOT / "scripts" / "make_dates.py"))
+    rows = {
+        split: load_rows(ROOT / "tess" / "samples" / f"dates.{split}.jsonl") for split in SIZES
+    }
+    assert {split: len(part) for split, part in rows.items()} == SIZES == program["SIZES"]
+    assert rows == {
+        split: [Example(row["source"], (row["target"],)) for row in part]
+        for split, part in program["make_rows"]().items()
+    }
+    every = [row for part in rows.values() for row in part]
+    assert len({row.target for row in every}) == len(every)
+    assert all(
+        row.source in program["spellings"](date.fromisoformat(row.target)) for row in every
+    )
+    assert [program["ordinal"](day) for day in (1, 2, 3, 4, 11, 12, 13, 21, 22, 23, 30)] == (
+        "1st 2nd 3rd 4th 11th 12th 13th 21st 22nd 23rd 30th".split()
+    )
 
 
 @pytest.mark.parametrize(
@@ -143,7 +170,7 @@ def test_hub_rows_become_examples(hub, name, dataset, split, want):
 
 def test_blank_hub_rows_are_counted_in_a_warning(hub, caplog):
     load_task("paraphrase", "validation", "qqp")
-    assert "left out 1 rows" in caplog.text
+    assert "left out 2 rows" in caplog.text
 
 
 def test_every_hub_dataset_is_covered_above():

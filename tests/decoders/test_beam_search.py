@@ -13,6 +13,7 @@ from tess.backbones.config import HybridConfig
 from tess.commands import evaluate, generate
 from tess.config import TessConfig
 from tess.decoders.autoregressive import ArDecoder
+from tess.decoders.base import Description
 from tess.decoders.beam_search import BeamDecoder
 from tess.decoders.load import load_decoder
 from tess.denoiser import TessDenoiser
@@ -209,10 +210,11 @@ def folder(tmp_path_factory):
 
 def test_one_beam_is_greedy_search(folder):
     one = load_decoder(folder, "ar", num_beams=1)
-    assert (type(one), one.num_beams, one.length_penalty) == (ArDecoder, 1, None)
+    assert (type(one), one.describe()) == (ArDecoder, Description())
     assert one.generate(TEXTS) == load_decoder(folder, "ar").generate(TEXTS)
     several = load_decoder(folder / "ar", num_beams=3)
-    assert (several.name, several.num_beams, several.length_penalty) == ("ar", 3, 1.0)
+    assert several.name == "ar"
+    assert several.describe() == Description(num_beams=3, length_penalty=1.0)
     assert several.generate(TEXTS) == BeamDecoder(parts(), 3, 1.0).generate(TEXTS)
     assert all(len(g.token_ids) <= 4 and g.nfe <= 4 for g in several.generate(TEXTS, gen_length=4))
 

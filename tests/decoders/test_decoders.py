@@ -241,8 +241,8 @@ def test_a_tokenizer_that_does_not_fit_is_refused(checkpoints, tmp_path):
     with pytest.raises(UserError, match="vocabulary mismatch: the tokenizer has 2.. ids"):
         load_decoder(tmp_path)
     save_parts(dataclasses.replace(parts, tokenizer=train_tokenizer(TEXTS, 261)), tmp_path)
-    with pytest.raises(UserError, match="vocabulary mismatch: the tokenizer has 261 ids"):
-        load_decoder(tmp_path)
+    texts = load_decoder(tmp_path).generate(TEXTS)  # fewer ids than rows fit
+    assert max(max(text.token_ids) for text in texts) < 261
 
 
 @pytest.mark.parametrize(
@@ -284,7 +284,7 @@ def test_a_wrong_typed_field_of_an_ar_folder_is_named(checkpoints, tmp_path, val
 def script(name, *args):
     """Run a script as a user does."""
     command = [sys.executable, str(SCRIPTS / f"{name}.py"), *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True)
 
 
 @pytest.fixture
@@ -314,12 +314,13 @@ def test_generate_prints_text_evaluations_and_times(checkpoints, tmp_path):
         "decoder", "checkpoint", "num_parameters", "num_inference_steps", "gen_length", "seed",
         "top_p", "temperature", "load_seconds", "generate_seconds", "results",
     ]
-    assert [row["source"] for row in report["results"]] == ["naïve 東京", "a cat", "the dog ran"]
+    sources = [row["source"] for row in report["results"]]
+    assert sources == ["naïve 東京", "a cat", "", "the dog ran"]
     for row in report["results"]:
         assert list(row) == [
             "source", "text", "num_new_tokens", "nfe", "num_drafted", "num_accepted",
         ]
-        assert row["nfe"] == 3
+        assert row["nfe"] == (3 if row["source"] else 0)
 
     plain = script("generate", "a cat", *shared)
     assert plain.returncode == 0 and plain.stderr == ""

@@ -8,7 +8,8 @@ from transformers import LogitsProcessor, StoppingCriteria
 
 from tess.backbones.causal_lm import HybridForCausalLM
 from tess.backbones.config import HybridConfig
-from tess.benchmarks.drafting import benchmark_drafting, format_drafting
+from tess.benchmarks.doors import drafting
+from tess.benchmarks.drafting import benchmark_drafting
 from tess.commands.generate import main
 from tess.config import TessConfig
 from tess.decoders.drafts import DiffusionDrafts, aligned_rest
@@ -251,7 +252,7 @@ def test_another_stopping_criterion_is_refused(model):
         def __call__(self, input_ids, scores, **kwargs):
             return torch.zeros(len(input_ids), dtype=torch.bool)
 
-    with pytest.raises(UserError, match="stops at end tokens and at a length, got Never"):
+    with pytest.raises(UserError, match="stops at end tokens, at strings and at a length, got"):
         drafted(model, *prompts(), lambda *_: [], stopping_criteria=[Never()])
 
 
@@ -406,4 +407,4 @@ def test_the_benchmark_counts_and_prints():
     assert plain["tokens_per_ar_evaluation"] == 1 and plain["diffusion_evaluations"] == 0
     assert suffix["diffusion_evaluations"] == 1 < again["diffusion_evaluations"]
     assert 0 < suffix["first_accepted_mean"] < suffix["new_tokens"] / 3
-    assert len(format_drafting(result).splitlines()) == 4 + len(result["rows"])
+    assert len(drafting.table(result).splitlines()) == 4 + len(result["rows"])

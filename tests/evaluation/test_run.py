@@ -12,8 +12,9 @@ from tess.commands import evaluate as command
 from tess.data.rows import Example
 from tess.decoders.base import Description
 from tess.errors import UserError
+from tess.evaluation import run as evaluation
 from tess.evaluation.page import markdown, summary
-from tess.evaluation.run import evaluate, write_report
+from tess.evaluation.run import Settings, write_report
 from tess.metrics.catalog import CANDIDATE_MEASURES, PROTOCOLS
 from tess.metrics.measures import MEASURES
 from tess.storage.files import prepare_output_dir
@@ -27,6 +28,14 @@ milliseconds_per_token tokens_per_forward num_draft_tokens num_beams length_pena
 acceptance_length metrics protocol versions machine""".split()
 DATA = {"file": "rows.jsonl", "task": None, "dataset": None, "split": None}
 EXAMPLES = [Example("a b c d e", ("a b", "b c")), Example("one two ü", ("one",))]
+
+
+def evaluate(decoder, examples, checkpoint="c", data=DATA, **options):
+    """`evaluation.evaluate` with the options that are settings in their place."""
+    settings = {n: options.pop(n) for n in list(options) if n in Settings.__dataclass_fields__}
+    return evaluation.evaluate(
+        decoder, examples, Settings(**settings), checkpoint=checkpoint, data=data, **options
+    )
 
 
 @dataclass
@@ -72,7 +81,8 @@ class FirstWords:
 def script(monkeypatch):
     """scripts/evaluate.py as a module, with the decoder above for every checkpoint."""
     monkeypatch.setattr(command, "decoder", FirstWords(), raising=False)
-    monkeypatch.setattr("tess.decoders.load.load_decoder", lambda *_, **__: command.decoder)
+    monkeypatch.setattr("tess.decoders.load.load_decoder", lambda *_, **options: command.decoder)
+    monkeypatch.setattr("tess.storage.hub.local_folder", Path)
     return command
 
 
@@ -97,11 +107,11 @@ def test_report_has_the_documented_keys_and_both_columns():
 
 def test_report_has_the_number_of_steps_that_were_run():
     decoder = FirstWords()
-    report = evaluate(decoder, EXAMPLES, checkpoint="c", data=DATA).report
+    report = evaluate(decoder, EXAMPLES).report
     assert report["num_inference_steps"] == 16
     assert decoder.calls[0][1]["num_inference_steps"] == 16
     decoder.default_num_inference_steps = None
-    report = evaluate(decoder, EXAMPLES, checkpoint="c", data=DATA).report
+    report = evaluate(decoder, EXAMPLES).report
     assert report["num_inference_steps"] is None
 
 
@@ -118,7 +128,7 @@ class Drafts(FirstWords):
 
 
 def test_acceptance_length_is_tokens_per_check_of_a_draft():
-    got = evaluate(Drafts(), EXAMPLES, checkpoint="c", data=DATA)
+    got = evaluate(Drafts(), EXAMPLES)
     assert got.report["acceptance_length"] == pytest.approx((2 + 5) / (1 + 2))
     assert got.report["tokens_per_forward"] == pytest.approx(9 / 5)
     assert "| tokens kept per evaluation of a draft | 2.33 |" in markdown(got.report)
@@ -129,7 +139,7 @@ def test_acceptance_length_of_drafts_by_diffusion_counts_the_verifier_alone():
     decoder.name, decoder.described = "tess+ar", Description()
     texts = [Text("a b c", 3, 9, num_verifications=1), Text("one two", 6, 9, num_verifications=4)]
     decoder.generate = lambda *_, **__: texts
-    report = evaluate(decoder, EXAMPLES, checkpoint="c", data=DATA).report
+    report = evaluate(decoder, EXAMPLES).report
     assert report["acceptance_length"] == pytest.approx((2 + 5) / (1 + 4))
     page = markdown(report)
     assert "| tokens kept per evaluation of a draft | 1.40 |" in page
@@ -153,9 +163,9 @@ class BestOfThree(FirstWords):
 
 
 def test_the_first_candidate_stands_beside_the_chosen_one(tmp_path):
-    got = evaluate(BestOfThree(), EXAMPLES, checkpoint="c", data=DATA)
+    got = evaluate(BestOfThree(), EXAMPLES)
     report = got.report
-    alone = evaluate(FirstWords(), EXAMPLES, checkpoint="c", data=DATA).report
+    alone = evaluate(FirstWords(), EXAMPLES).report
     assert list(report) == REPORT_KEYS
     assert list(report["metrics"]) == ["system", "first_candidate", "copy_source"]
     assert report["metrics"]["system"] == alone["metrics"]["system"]
@@ -184,7 +194,7 @@ def test_the_first_candidate_stands_beside_the_chosen_one(tmp_path):
 
 
 def test_a_protocol_adds_its_section_to_the_report_the_page_and_the_summary():
-    got = evaluate(BestOfThree(), EXAMPLES, checkpoint="c", data=DATA, protocol="paraphrase")
+    got = evaluate(BestOfThree(), EXAMPLES, protocol="paraphrase")
     section = got.report["protocol"]
     assert list(section["figures"]) == ["system", "first_candidate", "copy", "lead", "truncation"]
     json.dumps(got.report, allow_nan=False)
@@ -199,7 +209,7 @@ def test_a_protocol_adds_its_section_to_the_report_the_page_and_the_summary():
     assert "## Protocol `paraphrase`" in page and section["signature"] in page
     assert "protocol paraphrase, ibleu: system " in short and section["signature"] in short
 
-    without = evaluate(BestOfThree(), EXAMPLES, checkpoint="c", data=DATA)
+    without = evaluate(BestOfThree(), EXAMPLES)
     assert without.report["protocol"] is None
     assert "rotocol" not in markdown(without.report) + summary(without.report)
 
@@ -207,14 +217,14 @@ def test_a_protocol_adds_its_section_to_the_report_the_page_and_the_summary():
 def test_an_unknown_protocol_is_refused_before_the_run():
     decoder = FirstWords()
     with pytest.raises(UserError, match="unknown protocol 'wmt'; known are tess"):
-        evaluate(decoder, EXAMPLES, checkpoint="c", data=DATA, protocol="wmt")
+        evaluate(decoder, EXAMPLES, protocol="wmt")
     with pytest.raises(UserError, match="name a protocol as well"):
-        evaluate(decoder, EXAMPLES, checkpoint="c", data=DATA, bertscore=object())
+        evaluate(decoder, EXAMPLES, bertscore=object())
     assert not decoder.calls
 
 
 def test_one_candidate_is_its_own_first():
-    got = evaluate(FirstWords(), EXAMPLES, checkpoint="c", data=DATA)
+    got = evaluate(FirstWords(), EXAMPLES)
     assert got.report["nfe_first_mean"] == got.report["nfe_mean"]
     assert list(got.report["metrics"]) == ["system", "copy_source"]
     assert not any("first_prediction" in row for row in got.predictions)
@@ -225,11 +235,11 @@ def test_a_decoder_that_forgets_its_first_candidates_is_not_reported():
     decoder = FirstWords()
     decoder.described = replace(decoder.described, num_candidates=2)
     with pytest.raises(AssertionError, match="several candidates have a first"):
-        evaluate(decoder, EXAMPLES, checkpoint="c", data=DATA)
+        evaluate(decoder, EXAMPLES)
 
 
 def test_the_sampler_is_in_the_report():
-    report = evaluate(BestOfThree(), EXAMPLES, checkpoint="c", data=DATA).report
+    report = evaluate(BestOfThree(), EXAMPLES).report
     assert report["scheduler"] == "renoising" and report["timestep_spacing"] == "recoverability"
     assert report["stopping"] == {"patience": 1, "max_entropy": 0.25}
     page = markdown(report)
@@ -237,10 +247,10 @@ def test_the_sampler_is_in_the_report():
     assert "| stopping | patience 1, max_entropy 0.25 |" in page and "| length | rule |" in page
 
     decoder = FirstWords()
-    report = evaluate(decoder, EXAMPLES, checkpoint="c", data=DATA).report
+    report = evaluate(decoder, EXAMPLES).report
     assert report["stopping"] is None and "| stopping | none |" in markdown(report)
 
-    report = evaluate(Drafts(), EXAMPLES, checkpoint="c", data=DATA).report
+    report = evaluate(Drafts(), EXAMPLES).report
     assert report["scheduler"] is report["stopping"] is report["length"] is None
     page = markdown(report)
     assert not any(f"| {name} |" in page for name in ("scheduler", "stopping", "length"))
@@ -249,7 +259,7 @@ def test_the_sampler_is_in_the_report():
 def test_where_the_length_comes_from_is_in_the_report_and_the_reference_is_a_diagnostic():
     def run(**length):
         decoder = FirstWords()
-        report = evaluate(decoder, EXAMPLES, checkpoint="c", data=DATA, **length).report
+        report = evaluate(decoder, EXAMPLES, **length).report
         shown = markdown(report), summary(report)
         return decoder.calls[0][1]["gen_length"], report, shown
 
@@ -269,13 +279,13 @@ def test_where_the_length_comes_from_is_in_the_report_and_the_reference_is_a_dia
 def test_gold_lengths_are_cut_as_in_training():
     decoder = FirstWords()
     rows = [Example("a", ("123456789",)), Example("a", ("12", "1234"))]
-    evaluate(decoder, rows, checkpoint="c", data=DATA, gold_length=True)
+    evaluate(decoder, rows, gold_length=True)
     assert decoder.calls[0][1]["gen_length"] == [6, 3]
 
 
 def test_every_key_of_the_report_is_in_the_documentation():
     text = (ROOT / "docs/evaluation.md").read_text(encoding="utf-8")
-    got = evaluate(BestOfThree(), EXAMPLES, checkpoint="c", data=DATA, protocol="summ")
+    got = evaluate(BestOfThree(), EXAMPLES, protocol="summ")
     report = got.report
     names = [*PROTOCOLS, *MEASURES, *CANDIDATE_MEASURES, *report["protocol"]]
     names += [*report["protocol"]["figures"]["system"]["rougeL"]]
@@ -310,7 +320,7 @@ def test_files_round_trip_and_a_bar_in_a_value_keeps_the_table_whole(tmp_path):
 
 
 def test_an_older_report_survives_a_disk_that_fills_up(tmp_path, monkeypatch):
-    got = evaluate(FirstWords(), EXAMPLES, checkpoint="c", data=DATA)
+    got = evaluate(FirstWords(), EXAMPLES)
     path = write_report(got, tmp_path)[0]
     before = path.read_bytes()
 
@@ -327,13 +337,13 @@ def test_an_older_report_survives_a_disk_that_fills_up(tmp_path, monkeypatch):
 
 def test_wrong_numbers_and_folders_are_refused(tmp_path):
     with pytest.raises(UserError, match="limit"):
-        evaluate(FirstWords(), EXAMPLES, checkpoint="c", data=DATA, limit=0)
+        evaluate(FirstWords(), EXAMPLES, limit=0)
     with pytest.raises(UserError, match="batch_size"):
-        evaluate(FirstWords(), EXAMPLES, checkpoint="c", data=DATA, batch_size=0)
+        evaluate(FirstWords(), EXAMPLES, batch_size=0)
     with pytest.raises(UserError, match="at least one example"):
-        evaluate(FirstWords(), [], checkpoint="c", data=DATA)
+        evaluate(FirstWords(), [])
     with pytest.raises(UserError, match=r"exclude each other, got both \(5\)"):
-        evaluate(FirstWords(), EXAMPLES, checkpoint="c", data=DATA, gen_length=5, gold_length=True)
+        evaluate(FirstWords(), EXAMPLES, gen_length=5, gold_length=True)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="output folder"):
         prepare_output_dir(tmp_path / "file")

@@ -5,8 +5,6 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from tess.kernels.cross_entropy import linear_cross_entropy
 
@@ -17,21 +15,6 @@ def relative(got, want):
 
 def slab_of(rows, width, item=4):
     return rows * width * item
-
-
-class Watch(TorchDispatchMode):
-    """Notes how many bytes the largest tensor has, and how many matrix products there are."""
-
-    def __init__(self):
-        super().__init__()
-        self.largest = self.products = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        found = [leaf.nbytes for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
-        self.largest = max([self.largest, *found])
-        self.products += "mm" in func.__name__.split(".")[0]
-        return out
 
 
 TOKENS, VOCAB, WIDTH = 11, 37, 6
@@ -164,29 +147,29 @@ def test_a_tied_weight_gets_both_of_its_gradients():
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_no_tensor_has_the_size_of_the_logits(reduction):
+def test_no_tensor_has_the_size_of_the_logits(reduction, watching):
     tokens, vocab, width, rows = 90, 2000, 5, 6
     hidden, weight, ids, _ = head_inputs(tokens, vocab, width, torch.float32)
     bound = 4 * max(rows * vocab, vocab * width)
-    with Watch() as ours:
+    with watching() as ours:
         loss = linear_cross_entropy(
             hidden, weight, ids, reduction=reduction, label_smoothing=0.1,
             slab_bytes=slab_of(rows, vocab),
         )
         loss.sum().backward()
     assert 4 * vocab <= ours.largest <= bound
-    with Watch() as plain:
+    with watching() as plain:
         plain_cross_entropy(hidden, weight, ids).backward()
     assert plain.largest == 4 * tokens * vocab
 
 
 @pytest.mark.parametrize("reduction, recomputed", [("mean", 0), ("sum", 0), ("none", 1)])
-def test_products_that_no_gradient_needs_are_not_computed(reduction, recomputed):
+def test_products_that_no_gradient_needs_are_not_computed(reduction, recomputed, watching):
     hidden, weight, ids, _ = head_inputs()
 
     def products(hidden, weight):
         hidden.grad = weight.grad = None
-        with Watch() as watch:
+        with watching() as watch:
             loss = linear_cross_entropy(hidden, weight, ids, reduction=reduction).sum()
             if loss.requires_grad:
                 loss.backward()

@@ -5,8 +5,6 @@ import math
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from tess.kernels import head
 from tess.kernels.head import draw_by_rank, draw_in_order, first_argmax, vocabulary_sweep
@@ -20,21 +18,6 @@ def relative(got, want):
 
 def slab_of(rows, width, item=4):
     return rows * width * item
-
-
-class Watch(TorchDispatchMode):
-    """Notes how many bytes the largest tensor has, and how many matrix products there are."""
-
-    def __init__(self):
-        super().__init__()
-        self.largest = self.products = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        found = [leaf.nbytes for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
-        self.largest = max([self.largest, *found])
-        self.products += "mm" in func.__name__.split(".")[0]
-        return out
 
 
 # --- the sweep: what it measures ---
@@ -167,10 +150,10 @@ def test_slices_serve_and_nothing_is_recorded_for_a_gradient():
     [{}, {"top_p": 0.95}, {"top_p": 1.0}, {"top_k": 40}, {"num_likeliest": 32}],
 )
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_no_tensor_of_the_sweep_is_larger_than_a_slab(options, temperature):
+def test_no_tensor_of_the_sweep_is_larger_than_a_slab(options, temperature, watching):
     rows, vocab, width = 8, 4000, 6
     hidden, weight = torch.randn(100, width), torch.randn(vocab, width)
-    with Watch() as watch:
+    with watching() as watch:
         vocabulary_sweep(
             hidden, weight, choose="sample", uniform_T=torch.rand(100), temperature=temperature,
             expected_embedding_of=weight, slab_bytes=slab_of(rows, vocab), **options,

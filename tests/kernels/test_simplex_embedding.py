@@ -258,7 +258,7 @@ def test_ids_are_distinct_and_uniform_in_a_large_vocabulary():
 def test_the_true_token_is_never_among_the_top(vocabulary, num_top):
     ids = torch.arange(vocabulary).repeat(40)[None]
     rows = module.Rows(ids, torch.ones(ids.shape), torch.ones(ids.shape), torch.tensor([5]), 0)
-    drawn, _ = module._draw_tokens(rows, vocabulary, num_top)
+    drawn, _ = module.draw_tokens(rows, vocabulary, num_top)
     assert torch.equal(drawn[:, 0], ids[0])
     assert (drawn[:, 1:] != drawn[:, :1]).all()
     assert drawn.min() == 0 and drawn.max() == vocabulary - 1
@@ -367,7 +367,7 @@ def test_a_token_in_many_positions_gathers_all_their_gradients():
                 arguments["keys_B"][b : b + 1], 4,
             )
             rows.positions_R += t
-            ids, tokens = module._draw_tokens(rows, 9, 8)
+            ids, tokens = module.draw_tokens(rows, 9, 8)
             for token, p in zip(ids[0], tokens.weights_RJ[0]):
                 parts[token] += p * direction[b, t]
     assert relative(whole, parts) < 1e-12

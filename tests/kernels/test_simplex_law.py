@@ -14,9 +14,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tess.benchmarks.doors import law
 from tess.benchmarks.law.order_statistics import (
     benchmark_law,
-    format_law,
     incomplete_samples,
     median_token,
     read_matrix,
@@ -241,7 +241,7 @@ def test_the_benchmark_compares_every_sampler_at_every_time():
     assert wrong["rejected"] and wrong["ks_share"] > 1 and 0.5 < wrong["accuracy"] <= 1
     assert small_benchmark(seed=1)["rows"] == result["rows"] != small_benchmark()["rows"]
 
-    lines = format_law(result).splitlines()
+    lines = law.table(result).splitlines()
     assert lines[0].startswith("law: synthetic embedding 60 x 5, k = 1.64, 512 samples a side")
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line[:1] == "|"]
     assert table[0] == ["t", "sigma", *names]

@@ -67,21 +67,6 @@ def compare(t, backend="triton", **options):
         assert one.isfinite().all() and relative(one, other) < BOUND[dtype], name
 
 
-@pytest.fixture
-def poisoned(monkeypatch):
-    """Memory that is not yet written holds NaN."""
-
-    def poison(function):
-        def make_poisoned(*args, **kwargs):
-            tensor = function(*args, **kwargs)
-            return tensor.fill_(torch.nan) if tensor.dtype.is_floating_point else tensor
-
-        return make_poisoned
-
-    monkeypatch.setattr(torch, "empty", poison(torch.empty))
-    monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
-
-
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("length", [1, 2, 3, 5, 16, 17, 40])
 def test_convolution_equals_the_sum_with_all_gradients(length, backend, poisoned):

@@ -9,9 +9,10 @@ from tess.backbones.config import HybridConfig  # noqa: E402
 from tess.backbones.feedforward import MixtureOfExperts  # noqa: E402
 from tess.kernels import experts, reference  # noqa: E402
 from tess.kernels.dispatch import BackendError, is_interpreted  # noqa: E402
-from tess.kernels.triton import grouped_matmul, weight_gradient  # noqa: E402
+from tess.kernels.triton import experts_grouped_matmul as grouped_matmul  # noqa: E402
+from tess.kernels.triton import experts_weight_gradient as weight_gradient  # noqa: E402
+from tess.kernels.triton.experts_token_sort import SortedPairs  # noqa: E402
 from tess.kernels.triton.launch import ARCHITECTURES, as_architecture  # noqa: E402
-from tess.kernels.triton.token_sort import SortedPairs  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.float64: 1e-12}
@@ -53,21 +54,6 @@ def check(leaves, ids, upstream=None):
         if dtype == torch.float16:
             assert relative(one, true) < max(1e-3, 2 * relative(other, true))
     return got
-
-
-@pytest.fixture
-def poisoned(monkeypatch):
-    """Memory that is not yet written holds NaN or a number that is no index."""
-
-    def poison(function):
-        def make_poisoned(*args, **kwargs):
-            tensor = function(*args, **kwargs)
-            return tensor.fill_(torch.nan if tensor.dtype.is_floating_point else -(10**6))
-
-        return make_poisoned
-
-    monkeypatch.setattr(torch, "empty", poison(torch.empty))
-    monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
 
 
 @pytest.fixture

@@ -73,21 +73,6 @@ def errors_of_both(given, groups, backend="triton"):
     )
 
 
-@pytest.fixture
-def poisoned(monkeypatch):
-    """Memory that is not yet written holds NaN."""
-
-    def poison(function):
-        def make_poisoned(*args, **kwargs):
-            return function(*args, **kwargs).fill_(torch.nan)
-
-        return make_poisoned
-
-    monkeypatch.setattr(torch, "empty", poison(torch.empty))
-    monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
-    monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
-
-
 @pytest.mark.parametrize("rows", [1, 3, 70])
 @pytest.mark.parametrize(("width", "groups"), [(17, 1), (64, 4), (300, 3), (8, 8), (1, 1)])
 def test_norms_equal_their_formulas_with_all_gradients(rows, width, groups, poisoned):

@@ -7,7 +7,7 @@ pytest.importorskip("triton")
 
 from tess.kernels import experts, reference  # noqa: E402
 from tess.kernels.dispatch import BackendError, is_interpreted  # noqa: E402
-from tess.kernels.triton import token_sort  # noqa: E402
+from tess.kernels.triton import experts_token_sort as token_sort  # noqa: E402
 from tess.kernels.triton.launch import ARCHITECTURES, as_architecture  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -41,21 +41,6 @@ def route(logits, bias, top_k, groups=1, kept=1, normalize=True, scaling=2.5, ba
         logits, bias, top_k, num_groups=groups, top_groups=kept, normalize=normalize,
         scaling=scaling, backend=backend,
     )
-
-
-@pytest.fixture
-def poisoned(monkeypatch):
-    """Memory that is not yet written holds NaN or a number that is no index."""
-
-    def poison(function):
-        def make_poisoned(*args, **kwargs):
-            tensor = function(*args, **kwargs)
-            return tensor.fill_(torch.nan if tensor.dtype.is_floating_point else -(10**6))
-
-        return make_poisoned
-
-    monkeypatch.setattr(torch, "empty", poison(torch.empty))
-    monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
 
 
 @pytest.mark.parametrize("tokens", [1, 5])

@@ -19,9 +19,9 @@ from tess.kernels import simplex_embedding as public  # noqa: E402
 from tess.kernels.dispatch import BackendError  # noqa: E402
 from tess.kernels.order_statistics import EmbeddingMoments, embedding_moments  # noqa: E402
 from tess.kernels.simplex_embedding import simplex_embedding  # noqa: E402
-from tess.kernels.triton import embedding_gradient as gradients  # noqa: E402
 from tess.kernels.triton import order_statistics as drawing  # noqa: E402
 from tess.kernels.triton import simplex_embedding as kernels  # noqa: E402
+from tess.kernels.triton import simplex_embedding_gradient as gradients  # noqa: E402
 from tess.kernels.triton.launch import ARCHITECTURES, as_architecture  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -115,7 +115,7 @@ def rows_of(tokens, vocabulary, gap, sigma, key=11, draw=4):
 def both_draws(rows, vocabulary, num_top):
     fields = (rows.keys_R, rows.positions_R, rows.ids_R, rows.gap_R, rows.sigma_R)
     got = drawing.draw_tokens(*fields, rows.counter, vocabulary, num_top)
-    return got, public._draw_tokens(rows, vocabulary, num_top)
+    return got, public.draw_tokens(rows, vocabulary, num_top)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sacrebleu
-from nltk.translate import bleu_score  # rouge-score needs it
 from rouge_score.rouge_scorer import RougeScorer
 
 from tess.errors import UserError
@@ -16,7 +15,7 @@ from tess.metrics.measures import MEASURES, measures
 from tess.metrics.ngrams import bleu_rows, sentence_bleu
 from tess.metrics.readability import grade_level, readability_rows, syllables
 from tess.metrics.sari import sari
-from tess.metrics.scores import score
+from tess.metrics.scores import rouge, score
 from tess.metrics.tokens import tokenize_bert
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data" / "simplification"
@@ -120,23 +119,29 @@ def test_an_order_without_a_match_is_smoothed_in_bleu_and_fatal_in_fairseqs():
     ],
 )
 def test_sentence_bleu_is_nltks_with_smoothing_method_4(text, references, nltk):
-    rows = bleu_rows([text.split()], [[r.split() for r in references]])
-    assert sentence_bleu(rows)[0] == pytest.approx(nltk, abs=1e-9)
+    got = sentence_bleu([text.split()], [[r.split() for r in references]])
+    assert got[0] == pytest.approx(nltk, abs=1e-9)
 
 
-def test_sentence_bleu_is_the_installed_nltks_on_random_texts():
+def method4(row: np.ndarray) -> float:
+    """Chen and Cherry (2014) in NLTK's way, of counts: the k-th order without a match has
+    ln(length) / (5 * 2^k), one longer than the text is one n-gram; one word is not smoothed."""
+    length, wanted, matches, totals = row[0], row[1], row[2:6].copy(), np.maximum(row[6:], 1)
+    if not matches[0]:
+        return 0.0
+    missed = np.flatnonzero(matches == 0)
+    matches[missed] = np.log(length) / (5 * 2.0 ** np.arange(1, len(missed) + 1))
+    logs = np.log((matches / totals)[matches > 0]).sum() / 4
+    return 100 * min(1.0, np.exp(1 - wanted / length)) * np.exp(logs)
+
+
+def test_sentence_bleu_is_the_formula_on_random_texts():
     predictions, references, _ = corpus(6, 60)
     texts = [tokenize_bert(text) for text in predictions]
     lists = [[tokenize_bert(text) for text in row] for row in references]
-    smooth = bleu_score.SmoothingFunction().method4
-    want = [
-        100 * float(bleu_score.sentence_bleu(row, text, smoothing_function=smooth))
-        for text, row in zip(texts, lists, strict=True)
-    ]
-    assert sentence_bleu(bleu_rows(texts, lists)) == pytest.approx(want, abs=1e-9)
-    assert value("sentence_bleu", predictions, references) == pytest.approx(
-        sum(want) / len(want), abs=1e-9
-    )
+    want = list(map(method4, bleu_rows(texts, lists)))
+    assert sentence_bleu(texts, lists) == pytest.approx(want, abs=1e-9)
+    assert value("sentence_bleu", predictions, references) == pytest.approx(np.mean(want), abs=1e-9)
 
 
 def test_swapped_sentence_bleu_takes_the_text_for_the_reference():
@@ -221,6 +226,28 @@ def test_the_copied_source_has_its_published_scores(dataset, published):
     tolerance = {"sari": 0.005, "bleu_lowercase": 0.005, "fkgl": 0.1}
     for name, want in published.items():
         assert got[name].value == pytest.approx(want, abs=tolerance[name]), name
+
+
+@pytest.mark.parametrize("name", [*MEASURES, "score", "rouge", "sari"])
+def test_a_blank_reference_is_refused_by_every_measure(name):
+    """sacrebleu takes one for a reference of length 0, and lifts this text from 22 to 100."""
+    text, references, source = ["the cat"], [["the cat sat on the mat", ""]], ["a cat sat"]
+    calls = {
+        "score": lambda: score(text, references, source),
+        "rouge": lambda: rouge(text, references),
+        "sari": lambda: sari(source, text, references),
+    }
+    with pytest.raises(UserError, match="row 1: expected a text as reference 2, got ''"):
+        calls.get(name, lambda: measures([name], text, references, source))()
+
+
+def test_a_reference_without_a_token_is_none():
+    short, reference = ["the black cat sat"], "the black cat sat on the mat"
+    empty = {"bleu": "<skipped>", "fairseq_bleu": "<skipped>", "sentence_bleu": "\ufffd"}
+    for name, nothing in empty.items():
+        alone = value(name, short, [[reference]])
+        assert alone < 60 and value(name, short, [[reference, nothing]]) == alone, name
+        assert value(name, short, [[nothing]]) == 0.0
 
 
 def test_wrong_names_and_rows_are_refused():

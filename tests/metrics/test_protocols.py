@@ -15,7 +15,7 @@ from tess.metrics.bertscore import BertScore
 from tess.metrics.candidates import mbr_choice, pairwise_bleu
 from tess.metrics.catalog import PROTOCOLS, get_protocol
 from tess.metrics.measures import MEASURES, measures
-from tess.metrics.ngrams import bleu_rows, sentence_bleu
+from tess.metrics.ngrams import sentence_bleu
 from tess.metrics.protocols import apply_protocol, baselines
 from tess.metrics.tokens import tokenize_bert
 
@@ -127,8 +127,8 @@ def slow_choice(texts) -> int:
         total = 0.0
         for j, other in enumerate(texts):
             if i != j:
-                rows = bleu_rows([tokenize_bert(other)], [[tokenize_bert(one)]])
-                total += float(sentence_bleu(rows)[0])
+                rows = [tokenize_bert(other)], [[tokenize_bert(one)]]
+                total += float(sentence_bleu(*rows)[0])
         totals.append(total)
     return totals.index(max(totals))
 
@@ -244,7 +244,7 @@ def test_bertscore_joins_a_protocol_with_its_model_in_the_signature(monkeypatch,
     model = BertScore("known")
     assert (model.layer, BertScore("other").layer) == (9, 4)
     assert model._scorer._tokenizer.model_max_length == 512
-    got = apply_protocol("fairseq", ["ab", "", "x"], [["ab"], ["a"], [" "]], list("abc"),
+    got = apply_protocol("fairseq", ["ab", "", "x"], [["ab"], ["a"], ["b"]], list("abc"),
                          bertscore=model)
     assert got.measures["bertscore"].rows[:, 0].tolist() == [100.0, 0.0, 0.0]
     assert got.signatures["bertscore"].startswith("fairseq|bertscore|model:known|layer:9|")
@@ -268,6 +268,10 @@ def test_what_cannot_be_scored_is_refused():
         scores("diffuseq", candidates=CANDIDATES[:2])
     with pytest.raises(UserError, match="as many sources"):
         scores("summ", ["a"])
+    for blank in ("", " \n", "\u200b"):
+        for name in PROTOCOLS:
+            with pytest.raises(UserError, match="row 2: expected a text as reference 2, got"):
+                apply_protocol(name, PREDICTIONS[:2], [["a"], ["b", blank]], SOURCES[:2])
     with pytest.raises(UserError, match="words of a baseline must be at least 1, got 0"):
         baselines("summ", ["a"], [["a"]], words=0)
 

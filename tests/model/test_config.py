@@ -2,6 +2,7 @@
 
 import pytest
 
+from tess.backbones.config import HybridConfig
 from tess.config import TessConfig
 from tess.training.diffusion_settings import DiffusionArguments
 
@@ -45,3 +46,15 @@ def test_label_shift_is_off_by_default_and_its_flag_reaches_the_config():
     for chosen in (True, False):
         fields = DiffusionArguments(label_shift=chosen).denoiser_overrides()
         assert TessConfig(backbone_config=dict(BACKBONE), **fields).label_shift is chosen
+
+
+@pytest.mark.parametrize("kind", [TessConfig, HybridConfig])
+def test_a_field_that_follows_from_others_may_agree_with_them_and_cannot_be_set(kind):
+    given = dict(BACKBONE) if kind is HybridConfig else {"backbone_config": dict(BACKBONE)}
+    plain = kind(**given)
+    derived = ("vocab_size", "hidden_size", "needs_whole_simplex", "initializer_range")
+    for name in derived if kind is TessConfig else ("use_return_dict",):
+        agreed = kind(**given, **{name: getattr(plain, name)})
+        assert agreed.to_dict() == plain.to_dict()
+        with pytest.raises(ValueError, match=f"{name} cannot be set: it follows from .* got 'no'"):
+            kind(**given, **{name: "no"})

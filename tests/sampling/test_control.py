@@ -123,6 +123,9 @@ def test_a_template_has_its_text_and_as_many_free_tokens_as_it_says(tokenizer):
     assert template_tokens(tokenizer, "{1} cat").tolist() == [
         [-1, *words(" cat"), tokenizer.eos_token_id]
     ]
-    for template in ("", "{0} cat"):
-        with pytest.raises(UserError):
+    for template in ("", "the cat", "{x} cat", "{} cat", "{-1} cat", "{3 cat", "{2} a} cat"):
+        with pytest.raises(UserError, match="template with blanks such as .5}, five tokens"):
+            template_tokens(tokenizer, template)
+    for template, message in (("{0} cat", "at least 1, got 0"), ("{9999999}", "at most 1,048,576")):
+        with pytest.raises(UserError, match=f"a blank of the template must be {message}"):
             template_tokens(tokenizer, template)

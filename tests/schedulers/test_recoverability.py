@@ -12,7 +12,6 @@ from tess.schedulers.recoverability import (
     auto_simplex_value,
     recoverability,
     recoverability_grid,
-    time_of_recoverability,
 )
 from tess.schedulers.renoising import RenoisingScheduler
 
@@ -77,11 +76,12 @@ def test_recoverability_is_what_drawn_noise_gives(vocab_size, samples):
 @pytest.mark.parametrize("simplex_value", [1.0, 5.0])
 def test_recoverability_is_the_accuracy_of_the_noised_simplex(vocab_size, rows, simplex_value):
     scheduler = RenoisingScheduler(vocab_size=vocab_size, simplex_value=simplex_value)
-    time = float(time_of_recoverability(0.6, scheduler.alpha_bar, vocab_size))
+    time = float(recoverability_grid(5, scheduler.alpha_bar, vocab_size)[3])
+    expected = float(recoverability(scheduler.alpha_bar(time), vocab_size))  # about 0.6
     ids = torch.randint(vocab_size, (1, rows))
     noised = scheduler.add_noise(ids, torch.tensor([time]), torch.randn(1, rows, vocab_size))
     right = (noised.argmax(dim=-1) == ids).double()[0]
-    assert standard_errors(right, 0.6) < 4
+    assert standard_errors(right, expected) < 4
     # half the gap would be another schedule altogether
     half = float(recoverability(share_of_gap(0.5 * gap_of(scheduler, time)), vocab_size))
     assert standard_errors(right, half) > 10
@@ -130,38 +130,18 @@ def test_recoverability_keeps_the_shape():
 # --- times ---
 
 
-@pytest.mark.parametrize("vocab_size", list(PUBLISHED))
-def test_accuracies_are_reached_at_the_known_times(vocab_size):
-    got = time_of_recoverability(torch.tensor(ACCURACIES), alpha_bar, vocab_size)
-    expected = torch.tensor(PUBLISHED[vocab_size], dtype=torch.float64)
-    assert (got - expected).abs().max() < 0.002
-
-
-def test_half_of_all_uniform_times_tell_nothing_of_a_large_vocabulary():
-    trivial, useless = time_of_recoverability(torch.tensor([0.99, 0.01]), alpha_bar, RELEASED)
-    shares = [float(1 - useless), float(useless - trivial), float(trivial)]
-    for got, expected in zip(shares, [0.507, 0.312, 0.180]):
-        assert abs(got - expected) < 0.003
-
-
-def test_midpoints_of_ten_equal_steps_are_at_the_known_times():
-    levels = (torch.arange(10, dtype=torch.float64) + 0.5) / 10
-    got = time_of_recoverability(levels, alpha_bar, RELEASED)
-    assert (got - torch.tensor(MIDPOINTS, dtype=torch.float64)).abs().max() < 0.002
-
-
-def test_time_of_recoverability_inverts_it():
-    times = torch.tensor([0.16, 0.25, 0.4, 0.7, 0.95], dtype=torch.float64)
-    levels = recoverability(alpha_bar(times), ROBERTA)
-    got = time_of_recoverability(levels, alpha_bar, ROBERTA)
-    torch.testing.assert_close(got, times, rtol=1e-9, atol=0)
-    assert time_of_recoverability(0.5, alpha_bar, ROBERTA).shape == ()
-
-
-def test_levels_below_chance_have_the_time_of_pure_noise():
-    got = time_of_recoverability(torch.tensor([0.0, 0.009]), alpha_bar, 100)
-    assert got.tolist() == [1.0, 1.0]
-    assert time_of_recoverability(1.0, alpha_bar, 100) < 0.2
+@pytest.mark.parametrize(
+    "vocab_size, levels, times",
+    [(size, ACCURACIES, times) for size, times in PUBLISHED.items()]
+    + [(RELEASED, [(i + 0.5) / 10 for i in range(10)], MIDPOINTS)],
+)
+def test_accuracies_are_reached_at_the_known_times(vocab_size, levels, times):
+    before, after = (
+        recoverability(alpha_bar(torch.tensor(times, dtype=torch.float64) + shift), vocab_size)
+        for shift in (-0.002, 0.002)
+    )
+    levels = torch.tensor(levels, dtype=torch.float64)
+    assert (before > levels).all() and (after < levels).all()
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 10, 1000])
@@ -225,8 +205,8 @@ def chi_squared(seen: torch.Tensor, expected: torch.Tensor) -> float:
 
 def test_the_density_is_even_in_recoverability_but_for_its_uniform_share():
     density = RecoverabilityDensity(alpha_bar, RELEASED, uniform_share=0.2)
-    levels = torch.linspace(0.05, 0.95, 10, dtype=torch.float64)
-    times = time_of_recoverability(levels, alpha_bar, RELEASED)
+    times = recoverability_grid(20, alpha_bar, RELEASED)[1:]
+    levels = recoverability(alpha_bar(times), RELEASED)
     # F(t) = 0.2 t + 0.8 (1 - R(t)), but for the 1/V that R keeps at t = 1
     got = density.sample(0.2 * times + 0.8 * (1 - levels))
     torch.testing.assert_close(got, times, rtol=0, atol=1e-4)
@@ -274,8 +254,6 @@ def test_mistakes_are_named():
     for bad in (-0.1, 1.1, math.nan):
         with pytest.raises(ValueError, match=r"alpha_bar must be in \[0, 1\]"):
             recoverability(torch.tensor([0.5, bad]), 10)
-        with pytest.raises(ValueError, match=r"probability must be in \[0, 1\]"):
-            time_of_recoverability(bad, alpha_bar, 10)
     with pytest.raises(ValueError, match="num_steps must be at least 1"):
         recoverability_grid(0, alpha_bar, 10)
     for bad in (0.0, 1.5):

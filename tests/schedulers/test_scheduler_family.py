@@ -1,5 +1,6 @@
 """The schedulers as a family: shared configs, folders and presets; mistakes are one sentence."""
 
+import inspect
 import itertools
 import json
 import logging
@@ -147,8 +148,8 @@ def test_presets_and_spacings_serve_all(kind):
             'take noise="dense" or eta=0, got eta=0.5',
         ),
         (SimplexDPMSolverScheduler, {"solver_order": 3}, "solver_order must be 1 or 2, got 3"),
-        *((kind, {"num_soft_tokens": 0}, "num_soft_tokens must be an integer") for kind in SOFT),
-        *((kind, {"num_soft_tokens": 2.5}, "integer of at least 1, got 2.5") for kind in SOFT),
+        *((kind, {"num_soft_tokens": 0}, "num_soft_tokens must be at least 1") for kind in SOFT),
+        *((kind, {"num_soft_tokens": 2.5}, "must be an integer, got 2.5") for kind in SOFT),
         *(
             (kind, {"prediction_type": "noise"}, "must be one of logits, sample, got 'noise'")
             for kind in SOFT
@@ -168,6 +169,22 @@ def test_presets_and_spacings_serve_all(kind):
 def test_settings_that_cannot_be_meant_are_refused(kind, settings, message):
     with pytest.raises(ValueError, match=message):
         dense(kind, **settings)
+
+
+@pytest.mark.parametrize("kind", EVERY)
+def test_a_setting_of_another_type_is_named_with_what_was_expected(kind):
+    said = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
+    settings = inspect.signature(kind.__init__).parameters
+    for name in settings.keys() - {"self", "vocab_size", "simplex_value"}:
+        expected = said[settings[name].annotation]
+        for wrong in ([1], None, 7 if expected == "a string" else "7"):
+            with pytest.raises(ValueError, match=f"^{name} must be {expected}, got") as error:
+                kind(**{"vocab_size": 50, name: wrong})
+            assert repr(wrong) in str(error.value)
+    with pytest.raises(ValueError, match="num_top must be an integer, got True"):
+        kind(vocab_size=50, num_top=True)
+    with pytest.raises(ValueError, match="vocab_size must be an integer or null, got '50'"):
+        kind(vocab_size="50")
 
 
 @pytest.mark.parametrize("kind", SOFT)

@@ -421,8 +421,8 @@ def test_scheduler_mistakes_are_one_sentence(scheduler):
         ({"simplex_value": "large"}, "simplex_value must be a number or \"auto\", got 'large'"),
         ({"simplex_value": math.inf}, "simplex_value must be above 0 and finite, got inf"),
         ({"simplex_value": True}, "simplex_value must be above 0 and finite, got True"),
-        ({"num_top": 2.5}, "num_top must be an integer of at least 1, got 2.5"),
-        ({"num_train_timesteps": 0}, "num_train_timesteps must be at least 1"),
+        ({"num_top": 2.5}, "num_top must be an integer, got 2.5"),
+        ({"num_train_timesteps": 0}, "num_train_timesteps must be from 1 to 1,000,000, got 0"),
         ({"timestep_spacing": "even"}, "timestep_spacing must be one of recoverability, uniform"),
         ({"timestep_density": "even"}, "timestep_density must be one of recoverability, uniform"),
         ({"lowest_timestep": 1.0}, r"lowest_timestep must be in \[0, 1\), got 1.0"),
@@ -431,6 +431,10 @@ def test_scheduler_mistakes_are_one_sentence(scheduler):
         ({"timestep_uniform_share": 1.5}, r"timestep_uniform_share must be in \(0, 1\], got 1.5"),
         ({"noise": "sparse"}, "noise must be one of order_statistics, dense, got 'sparse'"),
         ({"num_top": 0}, "num_top must be an integer of at least 1, got 0"),
+        ({"num_train_timesteps": 10**12}, "from 1 to 1,000,000, got 1000000000000"),
+        ({"cosine_s": math.inf}, "cosine_s must be at least 0 and finite, got inf"),
+        ({"beta_start": 0.5, "beta_end": 0.1}, "beta_start and beta_end must rise within"),
+        ({"beta_end": math.nan}, "beta_start and beta_end must rise within"),
     ],
 )
 def test_settings_that_cannot_be_meant_are_refused(settings, message):

@@ -3,7 +3,7 @@
 import pytest
 
 from tess.errors import UserError
-from tess.storage import parts as saving
+from tess.storage import files as saving
 
 
 def test_a_failed_replacement_keeps_the_old_folder(tmp_path):

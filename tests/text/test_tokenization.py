@@ -52,7 +52,7 @@ def test_every_text_comes_back(tokenizer, text):
 
 def test_round_trip_survives_saving(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
-    loaded = tokenization.load_tokenizer(tmp_path, vocab_size=300)
+    loaded = tokenization.load_tokenizer(tmp_path)
     for text in TEXTS + ["x </s> y ."]:
         assert tokenization.encode_texts(loaded, [text]) == tokenization.encode_texts(
             tokenizer, [text]
@@ -111,8 +111,7 @@ def test_decode_stops_at_the_end_token(tokenizer):
 def test_unfit_tokenizers_are_refused(tokenizer, tmp_path):
     with pytest.raises(UserError, match="300 ids and the model's vocab_size is 299"):
         tokenization.check_tokenizer(tokenizer, 299)
-    with pytest.raises(UserError, match="300 ids and the model's vocab_size is 301"):
-        tokenization.check_tokenizer(tokenizer, 301)
+    tokenization.check_tokenizer(tokenizer, 301)  # embeddings are often padded
     with pytest.raises(UserError, match="at least 261, got 260|at least 261 .*got 260"):
         tokenization.train_tokenizer(TEXTS, 260)
     with pytest.raises(UserError, match="no tokenizer could be loaded"):

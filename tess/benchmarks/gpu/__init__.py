@@ -1,5 +1,6 @@
 """Every kernel on a GPU: checked, then timed; `run.benchmark_gpu` is the door.
 
+options      what can be asked for
 run          check, then time
 shapes       the sizes, and what each operation costs on them
 cases        inputs of scan, convolution and norms

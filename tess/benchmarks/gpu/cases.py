@@ -1,7 +1,7 @@
 """Inputs and calls of the operations over sequences: scan, step, convolution, norms.
 
 A case holds its tensors and three functions of them: the public operation on either backend, and
-the float64 reference. The operations over tokens are in `benchmark_gpu_tokens.py`.
+the float64 reference. The operations over tokens are in `tokens.py`.
 """
 
 import math

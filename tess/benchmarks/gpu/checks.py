@@ -1,4 +1,4 @@
-"""The gate of `scripts/benchmark.py gpu`: every configuration of every kernel, before any time.
+"""The gate of `tess-benchmark gpu`: every configuration of every kernel, before any time.
 
 Each operation runs in every option and dtype against the float64 reference, outputs and gradients
 by norm ratio; then with every other configuration of the kernels it used; and each of these some
@@ -24,17 +24,16 @@ from torch import Tensor
 from tess.benchmarks.gpu import cases as sequence_cases
 from tess.benchmarks.gpu import tokens as token_cases
 from tess.benchmarks.gpu.cases import Case, Maker, Outputs, evaluate
+from tess.benchmarks.gpu.options import DTYPES
 from tess.benchmarks.gpu.shapes import Shape, for_checks
 from tess.cli import CHECKOUT, one_sentence
 from tess.errors import UserError
 
 BUILDERS = sequence_cases.BUILDERS | token_cases.BUILDERS
 VARIANTS = sequence_cases.VARIANTS | token_cases.VARIANTS
-OPERATIONS = tuple(BUILDERS)
 PARTS = {"mamba_mixer": ("ssd_scan", "causal_conv1d", "gated_group_rms_norm")}
 """Operations that are only timed, and what they are made of."""
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LIMITS = {"float32": 2e-5, "bfloat16": 3e-2, "float16": 4e-3}
 FLOORS = {"float32": 2e-5, "bfloat16": 8e-3, "float16": 1e-3}
 """A result may be off by twice what the PyTorch path is off by, in any case by a dtype's floor and
@@ -131,7 +130,7 @@ def check(
     rows = []
     for variant in variants:
         try:
-            make = Maker(torch.device(device), DTYPES[dtype], seed)
+            make = Maker(torch.device(device), getattr(torch, dtype), seed)
             case = BUILDERS[op](sizes, variant, make)
             others = not quick or (variant == VARIANTS[op][-1] and dtype == "float16")
             rows += _check_case(case, make, others, 2 if quick else RUNS, one)

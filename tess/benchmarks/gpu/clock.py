@@ -1,4 +1,4 @@
-"""Clock, memory and ceilings of a device for `scripts/benchmark.py gpu`.
+"""Clock, memory and ceilings of a device for `tess-benchmark gpu`.
 
 All systems of one comparison take turns, A B C A B C, and the L2 cache is overwritten before each
 run, so that none finds its inputs there. The GPU then waits for a moment, in which the launches of

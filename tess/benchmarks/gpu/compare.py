@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tess.benchmarks.gpu import cases as sequence_cases
@@ -12,7 +13,7 @@ from tess.benchmarks.gpu import peers as sequence_peers
 from tess.benchmarks.gpu import token_peers
 from tess.benchmarks.gpu import tokens as token_cases
 from tess.benchmarks.gpu.cases import Case, Maker, Outputs, evaluate
-from tess.benchmarks.gpu.checks import BUILDERS, DTYPES, LIMITS, LOOSE, difference, said
+from tess.benchmarks.gpu.checks import BUILDERS, LIMITS, LOOSE, difference, said
 from tess.benchmarks.gpu.clock import Clock, Timing
 from tess.benchmarks.gpu.peers import Contender
 from tess.benchmarks.gpu.shapes import Shape
@@ -51,7 +52,7 @@ def compare(op: str, shape: Shape, settings: Settings) -> list[dict[str, Any]]:
     for variant in timed[op]:
         settings.clock.free()
         try:
-            make = Maker(settings.clock.device, DTYPES[settings.dtype], settings.seed)
+            make = Maker(settings.clock.device, getattr(torch, settings.dtype), settings.seed)
             case = BUILDERS[op](shape, variant, make)
             rows += _compare_case(case, make, settings)
         except Exception as error:  # ours, or there is no room for the inputs

@@ -2,7 +2,7 @@
 
 A contender is built when it is its turn: whatever an import or a call raises becomes its line in
 the table. Packages are imported by name, since none of them is a dependency. The contenders over
-tokens are in `benchmark_gpu_token_peers.py`.
+tokens are in `token_peers.py`.
 """
 
 import sys
@@ -19,16 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tess.benchmarks.gpu.cases import EPS, Case, Leaves, Outputs
+from tess.benchmarks.gpu.options import PACKAGES
 from tess.errors import UserError
 
 Function = Callable[[Leaves], Outputs]
-
-PACKAGES = {
-    "mamba-ssm": "mamba_ssm", "flash-linear-attention": "fla", "causal-conv1d": "causal_conv1d",
-    "transformers": "transformers", "liger-kernel": "liger_kernel",
-    "cut-cross-entropy": "cut_cross_entropy", "torch": "torch",
-}
-"""Names on PyPI and of the modules."""
 
 
 class Absent(UserError):

@@ -1,4 +1,4 @@
-"""The goals that the figures of `scripts/benchmark.py gpu` are held against, and its tables."""
+"""The goals that the figures of `tess-benchmark gpu` are held against, and its tables."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple

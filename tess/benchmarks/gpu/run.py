@@ -1,47 +1,29 @@
-"""scripts/benchmark.py gpu: the Triton kernels on this GPU, whether they are right and how fast.
+"""The Triton kernels on this GPU: whether they are right and how fast.
 
 In this order: what the machine can do at most; every operation in every configuration against
-float64 (`benchmark_gpu_checks.py`); then times and peak memory side by side with our PyTorch path
-and with every other project that is installed, in one run (`benchmark_gpu_compare.py`); an
-operation that fails the gate has no times. The tables are in `benchmark_gpu_report.py`.
+float64 (`checks.py`); then times and peak memory side by side with our PyTorch path
+and with every other project that is installed, in one run (`compare.py`); an
+operation that fails the gate has no times. The tables are in `report.py`.
 """
 
-import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 
-from tess.benchmarks.gpu.checks import OPERATIONS, PARTS, all_tables, check_all, requests
+from tess.benchmarks.gpu.checks import PARTS, all_tables, check_all, requests
 from tess.benchmarks.gpu.clock import Clock, as_gpu, ceilings
 from tess.benchmarks.gpu.compare import Settings, compare
-from tess.benchmarks.gpu.peers import PACKAGES, installed
+from tess.benchmarks.gpu.options import OPERATIONS, Options
+from tess.benchmarks.gpu.peers import installed
 from tess.benchmarks.gpu.report import goals
-from tess.benchmarks.gpu.shapes import NANO, SHAPES, TINY, Shape, shipped
+from tess.benchmarks.gpu.shapes import NANO, TINY, Shape, shipped
 from tess.cli import DEFAULT_CHECKPOINT
 from tess.costs.machine import gpu_environment
 from tess.errors import UserError
 from tess.kernels.dispatch import is_interpreted
-
-MOST_WORKERS = 12  # compiling is what takes the time of the checks
-
-
-@dataclass(frozen=True)
-class Options:
-    """What is run; batch and length replace those of every shape, peers are packages."""
-
-    shapes: tuple[str, ...] = SHAPES
-    ops: tuple[str, ...] = OPERATIONS
-    peers: tuple[str, ...] = tuple(PACKAGES)
-    dtype: str = "bfloat16"
-    repeats: int = 20
-    batch: int | None = None
-    length: int | None = None
-    seed: int = 0
-    workers: int = min(MOST_WORKERS, os.cpu_count() or 1)
-    dry_run: bool = False
 
 
 def benchmark_gpu(

@@ -1,4 +1,4 @@
-"""Sizes that `scripts/benchmark.py gpu` runs at, and the least that each operation costs.
+"""Sizes that `tess-benchmark gpu` runs at, and the least that each operation costs.
 
 A cost is the bytes that have to move once, inputs and outputs, and the operations of the matrix
 products; its time on a machine is the larger of the two times (`tess/costs/roofline.py`). A
@@ -68,8 +68,6 @@ TINY = Shape(
     experts=4, top_k=2, inner=16, vocabulary=70, expert_width=24, num_top=2, few_tokens=(3,),
 )
 """Of a dry run: as small as all paths allow."""
-
-SHAPES = ("nano", "shipped")
 
 
 def shipped(checkpoint: Path) -> Shape:

@@ -1,4 +1,4 @@
-"""Other projects' ways to compute the cases over tokens (`benchmark_gpu_peers.py`)."""
+"""Other projects' ways to compute the cases over tokens (`peers.py`)."""
 
 import inspect
 from collections.abc import Iterator

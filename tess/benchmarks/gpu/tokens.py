@@ -1,6 +1,6 @@
 """Inputs and calls of the operations over tokens: router, experts, embedding, loss, sweep, a layer.
 
-Cases as in `benchmark_gpu_cases.py`. Where a token is chosen, the choice is judged in float64: an
+Cases as in `cases.py`. Where a token is chosen, the choice is judged in float64: an
 output "regret" or "outside" is zero for a right choice and small for a near tie.
 """
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tess.benchmarks.law.order_statistics import ENERGY_ROWS, MIN_SAMPLES, read_matrix
+from tess.benchmarks.law.order_statistics import ENERGY_ROWS, check_samples, read_matrix
 from tess.benchmarks.law.two_sample import Probes, compare, sample_keys, trained_like
 from tess.benchmarks.turns import checkpoint_label
 from tess.costs.machine import environment
@@ -69,8 +69,7 @@ def benchmark_carried(
             over the probes, and correlation_error, the largest difference of a probe's two; None
             at the first time;
         the statistics of `tess.benchmarks.law.two_sample.Comparison`, and rejected: whether one of
-        them tells the
-            two sides apart.
+            them tells the two sides apart.
 
     Raises:
         UserError: no matrix in `embedding`, or a size, a time, an M or a K out of range.
@@ -103,42 +102,6 @@ def benchmark_carried(
         "rows": rows,
         "environment": environment(),
     }
-
-
-def format_carried(result: dict[str, Any]) -> str:
-    """A Markdown table, a line a time and a column a sampler, under one line on what was run."""
-    env, rows = result["environment"], result["rows"]
-    samplers = list(dict.fromkeys(row["sampler"] for row in rows))
-    lines = [
-        f"carried: {result['embedding']} embedding {result['vocab_size']:,} x {result['width']}, "
-        f"k = {result['simplex_value']:.2f}, K = {result['num_top']}, {result['n']:,} samples a "
-        f"side against dense ones; torch {env['torch']}, {env['processor']}, {env['date']}",
-        "",
-        "Each cell: relative error of the mean / largest Kolmogorov-Smirnov statistic over its "
-        "bound / largest error of a correlation with the time before; * where the laws are told "
-        "apart.",
-        "",
-        "| prediction | t | sigma | correlation | " + " | ".join(samplers) + " |",
-        "|---|---|---|---" + "|---" * len(samplers) + "|",
-    ]
-    for prediction, t in dict.fromkeys((row["prediction"], row["time"]) for row in rows):
-        here = [row for row in rows if (row["prediction"], row["time"]) == (prediction, t)]
-        cells = {row["sampler"]: row for row in here}
-        first = cells[samplers[0]]
-        texts = " | ".join(_cell(cells[name]) for name in samplers)
-        before = _number(first["dense_correlation"])
-        lines.append(f"| {prediction} | {t:g} | {first['sigma']:.2f} | {before} | {texts} |")
-    return "\n".join(lines)
-
-
-def _cell(row: dict[str, Any]) -> str:
-    mark = " *" if row["rejected"] else ""
-    error = _number(row["correlation_error"])
-    return f"{row['mean_error']:.3f} / {row['ks_share']:.2f} / {error}{mark}"
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
 
 
 # ---- samples ----
@@ -255,13 +218,9 @@ def _check(
 ) -> None:
     if not 3 <= vocab_size <= MAX_VOCABULARY:
         raise UserError(f"vocab_size must be in 3..{MAX_VOCABULARY}, got {vocab_size}")
-    if n < MIN_SAMPLES:
-        raise UserError(f"n must be at least {MIN_SAMPLES} samples a side, got {n}")
+    check_samples(n, times)
     if not 1 <= num_top <= vocab_size:
         raise UserError(f"num_top must be in 1..{vocab_size}, got {num_top}")
     for most in num_soft_tokens:
         if not 1 <= most <= vocab_size:
             raise UserError(f"num_soft_tokens must be in 1..{vocab_size}, got {most}")
-    for t in times:
-        if not 0 < t <= 1:
-            raise UserError(f"times must be above 0 and at most 1, got {t}")

@@ -102,39 +102,6 @@ def benchmark_law(
     }
 
 
-def format_law(result: dict[str, Any]) -> str:
-    """A Markdown table, a line a time and a column a sampler, under one line on what was run."""
-    env, rows = result["environment"], result["rows"]
-    samplers = list(dict.fromkeys(row["sampler"] for row in rows))
-    lines = [
-        f"law: {result['embedding']} embedding {result['vocab_size']:,} x {result['width']}, "
-        f"k = {result['simplex_value']:.2f}, {result['n']:,} samples a side against dense ones; "
-        f"torch {env['torch']}, {env['processor']}, {env['date']}",
-        "",
-        "Each cell: largest Kolmogorov-Smirnov statistic over its bound / energy distance in "
-        "deviations of its null / accuracy of a classifier; * where the laws are told apart.",
-        "",
-        "| t | sigma | " + " | ".join(samplers) + " |",
-        "|---|---" + "|---" * len(samplers) + "|",
-    ]
-    for t in dict.fromkeys(row["time"] for row in rows):
-        cells = {row["sampler"]: row for row in rows if row["time"] == t}
-        texts = " | ".join(_cell(cells[name]) for name in samplers)
-        lines.append(f"| {t:g} | {cells[samplers[0]]['sigma']:.2f} | {texts} |")
-    names = ("ks_share", "energy", "accuracy", "rejected")
-    largest = [
-        {name: max(row[name] for row in rows if row["sampler"] == sampler) for name in names}
-        for sampler in samplers
-    ]
-    lines.append("| largest | | " + " | ".join(_cell(row) for row in largest) + " |")
-    return "\n".join(lines)
-
-
-def _cell(row: dict[str, Any]) -> str:
-    mark = " *" if row["rejected"] else ""
-    return f"{row['ks_share']:.2f} / {row['energy']:.1f} / {row['accuracy']:.3f}{mark}"
-
-
 # ---- samplers ----
 
 
@@ -246,13 +213,18 @@ def _check(
 ) -> None:
     if vocab_size < 3:
         raise UserError(f"vocab_size must be at least 3, got {vocab_size}")
-    if n < MIN_SAMPLES:
-        raise UserError(f"n must be at least {MIN_SAMPLES} samples a side, got {n}")
+    check_samples(n, times)
     if not 0 <= token < vocab_size:
         raise UserError(f"token must be in 0..{vocab_size - 1}, got {token}")
     for num_top in num_tops:
         if not 1 <= num_top < vocab_size:
             raise UserError(f"num_tops must be in 1..{vocab_size - 1}, got {num_top}")
+
+
+def check_samples(n: int, times: Sequence[float]) -> None:
+    """Refuse too few samples a side, and times outside of (0, 1]."""
+    if n < MIN_SAMPLES:
+        raise UserError(f"n must be at least {MIN_SAMPLES} samples a side, got {n}")
     for t in times:
         if not 0 < t <= 1:
             raise UserError(f"times must be above 0 and at most 1, got {t}")

@@ -15,7 +15,7 @@ SCHEDULERS = ("renoising", "ddim", "ddim_carried")
 
 
 def benchmark_agreement(
-    checkpoint: Path,
+    checkpoint: str | Path,
     data: Data,
     schedulers: Sequence[str] = SCHEDULERS,
     steps: int = 8,
@@ -81,20 +81,3 @@ def compare(ours: Texts, other: Texts) -> dict[str, float]:
         "equal_texts": sum(a == b for a, b in pairs),
         "equal_tokens": same / places,
     }
-
-
-def format_agreement(result: dict[str, Any]) -> str:
-    """The figures as a Markdown table under one line that says what was measured."""
-    env = result["environment"]
-    lines = [
-        f"agreement: {result['checkpoint']}, {result['steps']} steps, seed {result['seed']}, "
-        f"cached and in batches of {result['batch_size']}, against other ways to compute the same; "
-        f"torch {env['torch']}, {env['threads']} threads, {env['processor']}, {env['date']}",
-        "",
-        "| scheduler | type | compared with | equal texts | equal tokens |",
-        "|---|---|---|---:|---:|",
-    ]
-    for row in result["rows"]:
-        equal = f"{row['equal_texts']} of {row['texts']} | {row['equal_tokens']:.1%}"
-        lines.append(f"| {row['scheduler']} | {row['dtype']} | {row['comparison']} | {equal} |")
-    return "\n".join(lines)

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from tess.benchmarks.sampling.grid import SEEDS, over_seeds
-from tess.benchmarks.sampling.report import TITLES, spread
 from tess.benchmarks.sampling.trials import Trials
 from tess.costs.machine import environment
 from tess.errors import UserError
@@ -96,29 +95,3 @@ def _compared(lengths: Sequence[int], gold: Sequence[int]) -> dict[str, float]:
         "gold_mean": sum(gold) / len(gold),
         "too_short": sum(length < wanted for length, wanted in pairs) / len(pairs),
     }
-
-
-def format_lengths(result: dict[str, Any]) -> str:
-    """The figures as a Markdown table under one line that says what was measured."""
-    env, data = result["environment"], result["data"]
-    lines = [
-        f"lengths: {result['checkpoint']}, {result['steps']} steps, {data['rows']} of {data['of']} "
-        f"rows, seeds {', '.join(map(str, result['seeds']))}, mean ± standard deviation; torch "
-        f"{env['torch']}, transformers {env['transformers']}, {env['threads']} threads, "
-        f"{env['processor']}, {env['date']}. References have "
-        f'{result["rows"][0]["gold_mean"]:.1f} tokens on average. "gold" is a diagnostic: it '
-        "knows the reference's length.",
-        "",
-        "| scheduler | canvas | tokens, mean | shorter than the reference | "
-        + " | ".join(title for title, _ in TITLES.values())
-        + " | length ratio |",
-        "|---|---|" + "---:|" * (3 + len(TITLES)),
-    ]
-    for row in result["rows"]:
-        name = "gold (diagnostic)" if row["canvas"] == "gold" else row["canvas"]
-        cells = [spread(row["full"][key], digits) for key, (_, digits) in TITLES.items()]
-        lines.append(
-            f"| {row['scheduler']} | {name} | {row['canvas_mean']:.1f} | {row['too_short']:.0%} | "
-            f"{' | '.join(cells)} | {spread(row['full']['length_ratio'], 2)} |"
-        )
-    return "\n".join(lines)

@@ -17,10 +17,11 @@ from tess.decoders.load import load_decoder
 from tess.errors import UserError
 from tess.metrics.scores import score
 from tess.pipeline import TessPipeline
-from tess.sampling.sources import draw_seed, example_keys
+from tess.sampling.sources import seeded_keys
 from tess.sampling.steps import StepTrace
 from tess.schedulers.family import SAMPLERS
 from tess.schedulers.stopping import StoppingRule, text_mask
+from tess.text.end_tokens import end_tokens
 from tess.text.padding import right_mask
 from tess.text.tokenization import decode, encode_sources
 
@@ -123,7 +124,7 @@ class Trials:
     @classmethod
     def load(
         cls,
-        checkpoint: Path,
+        checkpoint: str | Path,
         data: Data,
         batch_size: int = 16,
         dtype: torch.dtype = torch.float32,
@@ -168,7 +169,7 @@ class Trials:
         gen_length: one canvas length for all, or one for each row. call: further arguments of the
         pipeline.
         """
-        keys = example_keys(self.rows, draw_seed(torch.Generator().manual_seed(seed)))
+        keys = seeded_keys(self.rows, seed)
         results = [Texts([], [], [], []) for _ in range(1 + len(rules))]
         batches = self.batches() if batches is None else batches
         for chosen in batches:
@@ -187,7 +188,7 @@ class Trials:
             self._add(results[0], out.sequences, out.lengths, out.nfe)
             for rule, result in zip(rules, results[1:], strict=True):
                 ids_BL, nfe = stopped_early(
-                    out.trace, rule, out.lengths, self.pipeline.tokenizer.eos_token_id
+                    out.trace, rule, out.lengths, end_tokens(self.pipeline.tokenizer)
                 )
                 self._add(result, ids_BL, out.lengths, nfe)
         order = [i for chosen in batches for i in chosen]
@@ -199,7 +200,7 @@ class Trials:
         self, result: Texts, ids_BL: Tensor, lengths: Sequence[int], nfe: Sequence[int]
     ) -> None:
         tokenizer = self.pipeline.tokenizer
-        inside_BL = text_mask(ids_BL, right_mask(lengths), tokenizer.eos_token_id)
+        inside_BL = text_mask(ids_BL, right_mask(lengths), end_tokens(tokenizer))
         for row, inside in zip(ids_BL, inside_BL, strict=True):
             ids = row[inside].tolist()
             result.ids.append(ids)
@@ -226,7 +227,7 @@ def stopped_early(
     trace: Sequence[StepTrace],
     rule: StoppingRule,
     lengths: Sequence[int],
-    eos_token_id: int | None,
+    eos_token_id: Sequence[int],
 ) -> tuple[Tensor, list[int]]:
     """The tokens [B, L] and evaluations of each example, had the rule stopped it.
 

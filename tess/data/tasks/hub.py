@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from tess.data.rows import Example
+from tess.data.rows import MARK, Example
 from tess.errors import UserError
+from tess.text.visible import is_blank
 
 logger = logging.getLogger(__name__)
 
@@ -84,8 +85,9 @@ def _examples(
         pair = convert(row)
         if pair is None:
             continue
-        source, references = pair[0], tuple(text for text in pair[1] if text and text.strip())
-        if source and source.strip() and references:
+        source, *references = ((text or "").lstrip(MARK) for text in (pair[0], *pair[1]))
+        references = tuple(text for text in references if not is_blank(text))
+        if references and not is_blank(source):
             yield Example(source, references)
         else:
             blanks.rows += 1

@@ -1,6 +1,6 @@
 """Products of token rows with the weights of their experts, what surrounds them fused in.
 
-Rows are in the order of `token_sort.py`, and a row tile has rows of one expert only. The gather of
+Rows are in the order of `experts_token_sort.py`; a row tile has rows of one expert. The gather of
 token rows is part of the loads, activation and routing weight are part of the stores, and a product
 that ends the layer writes each row to its own (token, slot): no two programs add to one number, so
 that results do not depend on timing.
@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tess.kernels.triton.experts_token_sort import SortedPairs
 from tess.kernels.triton.launch import Config, Table, dot_precision, launch, wide_type
-from tess.kernels.triton.token_sort import SortedPairs
 
 
 def grouped_config(m: int, n: int, k: int, num_warps: int, num_stages: int) -> Config:

@@ -1,6 +1,3 @@
-"""The part of the page's script that draws: colours, the map, the columns beside it."""
-
-MAP = r"""
 "use strict";
 // The scale is even in the lightness of OKLab (Ottosson 2020, whose matrices these are), so it
 // reads without colour too.
@@ -215,4 +212,3 @@ function drawBars() {
     pen.fillText(count, 8 + long, top + row / 2);
   });
 }
-"""

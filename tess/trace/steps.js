@@ -1,9 +1,3 @@
-"""The script of the page of `tess.trace.page`. It puts text there only as text, never as HTML.
-
-`tess.trace.map_script` is its other part; they share their names.
-"""
-
-STEPS = r"""
 const data = JSON.parse(document.getElementById("data").textContent);
 const $ = (id) => document.getElementById(id);
 const dark = matchMedia("(prefers-color-scheme: dark)");
@@ -277,4 +271,3 @@ makeColors();
 show(0);
 const whole = tokenWidths().reduce((a, b) => a + b, 0);
 if (whole <= room() && view.steps.length <= 32) $("tokens").click();
-"""

@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tess.kernels.triton.grouped_matmul import dense_rows, grouped_config, key, place
+from tess.kernels.triton.experts_grouped_matmul import dense_rows, grouped_config, key, place
+from tess.kernels.triton.experts_token_sort import SortedPairs
 from tess.kernels.triton.launch import Config, Table, dot_precision, launch, wide_type
-from tess.kernels.triton.token_sort import SortedPairs
 
 # more stages for as much in flight: the rows to gather have to be there before the loads start
 WEIGHT_GRADIENT = Table(

@@ -16,6 +16,7 @@ from tess.cli import run
 from tess.data.settings import DataArguments
 from tess.data.texts import load_data
 from tess.errors import UserError
+from tess.storage.parts import check_target
 from tess.training.length_fitting import (
     GUESSES,
     as_saved,
@@ -57,6 +58,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if getattr(args, name) < least:
             raise UserError(f"--{name} must be at least {least}, got {getattr(args, name)}")
     checkpoint = Path(args.checkpoint)
+    output_dir = Path(args.output_dir) if args.output_dir else checkpoint
+    if output_dir.resolve() != checkpoint.resolve():
+        check_target(output_dir)
     parts = load_denoiser(checkpoint)
     files = {"data_root": args.data_root, "detokenize": args.detokenize}
     texts, _ = load_data(
@@ -84,7 +88,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, test_rows in measured.items():
         report = length_report(head, fitted_on, test_rows, args.quantile, args.margin)
         print(_lines(name, report, args.quantile, args.margin))
-    output_dir = Path(args.output_dir) if args.output_dir else checkpoint
     save_length_head(checkpoint, output_dir, head, args.quantile, args.margin)
     print("wrote", output_dir)
 

@@ -5,10 +5,12 @@ imports the rest once the arguments are parsed. `--help` is then quick, and a ty
 """
 
 import argparse
+import gc
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -95,6 +97,23 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 def _leave_at_once(*_: Any) -> NoReturn:
     os.write(2, b"interrupted\n")  # not by `sys.stderr`, which may be what was interrupted
     os._exit(INTERRUPTED)
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Around imports: none of what they make is garbage, and looking for some takes a seventh."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def checkpoint_or_default(given: str | None) -> str | Path:
+    """What the user named, or the checkpoint shipped in a checkout; a wheel has none."""
+    return default_checkpoint() if given is None else given
 
 
 def default_checkpoint() -> Path:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tess.training.settings import parse_settings
+from tess.training.flags import parse_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()

@@ -116,7 +116,12 @@ class _Build:
                 [sys.executable, *arguments], cwd=self.root, env=environment,
                 stdout=subprocess.DEVNULL, stderr=said,
             )
-            _, status, usage = os.wait4(child.pid, 0)
+            try:
+                _, status, usage = os.wait4(child.pid, 0)
+            except BaseException:  # no child goes on alone
+                child.kill()
+                child.wait()
+                raise
             child.returncode = os.waitstatus_to_exitcode(status)
             if child.returncode:
                 said.seek(0)

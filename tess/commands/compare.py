@@ -10,7 +10,7 @@ report.md and two figures. The same command goes on from what is finished. Examp
 import argparse
 from collections.abc import Sequence
 
-from tess.cli import Parser, run
+from tess.cli import Parser, no_collection, run
 from tess.comparison.settings import PARTS
 from tess.errors import UserError
 
@@ -43,9 +43,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.overview:
         _overview(args)
         return
-
-    from tess.comparison.recipe import read_recipe
-    from tess.comparison.run import compare
+    with no_collection():
+        from tess.comparison.recipe import read_recipe
+        from tess.comparison.run import compare
 
     recipe = read_recipe(args.recipe, args.output_dir, args.data_root)
     report = compare(

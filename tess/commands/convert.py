@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tess.backbones.layouts import EXPERT_LAYOUTS
-from tess.cli import Parser, run
+from tess.cli import Parser, no_collection, run
 from tess.errors import UserError
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -39,11 +39,11 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
+    with no_collection():
+        import torch
 
-    import torch
-
-    from tess.storage.conversion import causal_to_tess, tess_to_causal
-    from tess.storage.hub import local_folder
+        from tess.storage.conversion import causal_to_tess, tess_to_causal
+        from tess.storage.hub import local_folder
 
     source = local_folder(args.source)
     if args.to == "tess":

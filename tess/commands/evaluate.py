@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import fields
 
-from tess.cli import Parser, default_checkpoint, run
+from tess.cli import Parser, checkpoint_or_default, no_collection, run
 from tess.data.rows import Example, load_rows
 from tess.data.tasks.catalog import DEFAULT_DATASET, TASKS, load_task
 from tess.decoders.options import add_sampler_flags, sampler_options
@@ -54,18 +54,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     if args.bertscore and not args.protocol:
         raise UserError("--bertscore goes with --protocol")
-    checkpoint = args.checkpoint or default_checkpoint()
+    checkpoint = checkpoint_or_default(args.checkpoint)
     examples, data = _rows(args)
 
-    from tess.decoders.diffusion import TessDecoder
-    from tess.decoders.load import find_checkpoints, load_decoder
-    from tess.evaluation import run as evaluation
-    from tess.evaluation.page import summary
-    from tess.evaluation.partial import PARTIAL
-    from tess.metrics.bertscore import BertScore
-    from tess.storage.files import prepare_output_dir
-    from tess.storage.hub import local_folder
-    from tess.storage.kept import digest_folder
+    with no_collection():
+        from tess.decoders.diffusion import TessDecoder
+        from tess.decoders.load import find_checkpoints, load_decoder
+        from tess.evaluation import run as evaluation
+        from tess.evaluation.page import summary
+        from tess.evaluation.partial import PARTIAL
+        from tess.metrics.bertscore import BertScore
+        from tess.storage.files import prepare_output_dir
+        from tess.storage.hub import local_folder
+        from tess.storage.kept import digest_folder
 
     settings = evaluation.Settings(
         **{item.name: getattr(args, item.name) for item in fields(evaluation.Settings)}

@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tess.cli import Parser, default_checkpoint, run
+from tess.cli import Parser, checkpoint_or_default, no_collection, run
 from tess.decoders.options import DECODERS, add_sampler_flags, sampler_options
 from tess.errors import UserError
 from tess.options import check_seed
@@ -21,7 +21,7 @@ from tess.sampling.request import Request
 
 if TYPE_CHECKING:
     from tess.decoders.base import Decoder, Generation
-    from tess.pipeline import TessPipelineOutput
+    from tess.sampling.call import TessPipelineOutput
 
 BYTE_ORDER_MARK = "\ufeff"
 
@@ -142,10 +142,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if at_once and args.batch_size is not None:
         raise UserError(f"--{at_once[0]} writes all texts at once; leave out --batch_size")
     sampler = sampler_options(args)
-    checkpoint = args.checkpoint or default_checkpoint()
-
-    from tess.decoders.load import load_decoder
-    from tess.storage.files import check_writable
+    checkpoint = checkpoint_or_default(args.checkpoint)
+    with no_collection():
+        from tess.decoders.load import load_decoder
+        from tess.storage.files import check_writable
 
     if args.trace is not None:
         check_writable(args.trace)
@@ -165,7 +165,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         results, out = write_one_batch(decoder, texts, args, options)
     else:
         results = decoder.generate(
-            texts, batch_size=args.batch_size or 8, strict=args.strict, **options
+            texts,
+            batch_size=8 if args.batch_size is None else args.batch_size,
+            strict=args.strict,
+            **options,
         )
     seconds = {"load_seconds": loaded - start, "generate_seconds": time.perf_counter() - loaded}
     head = {

@@ -13,7 +13,7 @@ from dataclasses import fields
 from typing import Any
 
 from tess.backbones.presets import PRESETS
-from tess.cli import Parser, default_checkpoint, run
+from tess.cli import Parser, checkpoint_or_default, no_collection, run
 from tess.costs.gpus import GPUS, Workload
 from tess.errors import UserError
 
@@ -63,9 +63,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = {name: getattr(args, name) for name in WORK if getattr(args, name) is not None}
     if given and args.gpu is None:
         raise UserError(f"--{next(iter(given))} belongs to the times, which need --gpu")
-    model, work = args.model or default_checkpoint(), Workload(**given)
-
-    from tess.costs.model_info import describe
+    model, work = checkpoint_or_default(args.model), Workload(**given)
+    with no_collection():
+        from tess.costs.model_info import describe
 
     models = describe(model, args.gpu, work)
     if args.json:

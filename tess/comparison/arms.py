@@ -25,9 +25,10 @@ from tess.options import known_keys
 from tess.storage.files import write_atomically
 from tess.storage.kept import digest, digest_folder
 from tess.storage.parts import Parts, kind_of, own_fields
-from tess.training.place import TRAINER_STATE_FILE, read_state
+from tess.training.flags import parse_settings
+from tess.training.resuming import TRAINER_STATE_FILE, read_state
 from tess.training.run import FINAL_FOLDER, train
-from tess.training.settings import CHANGEABLE, ModelArguments, Settings, parse_settings
+from tess.training.settings import CHANGEABLE, ModelArguments, Settings
 
 ARM_FILE = "comparison_arm.json"
 DEFAULTS: dict[str, Any] = {"disable_tqdm": True, "num_samples_to_print": 0, "report_to": "none"}
@@ -220,6 +221,11 @@ def _arm(
     own = getattr(stage, kind)
     settings = DEFAULTS | dict(stage.shared) | dict(own)
     settings |= {"objective": kind, "seed": _seed_of(stage, kind, seed)}
+    if not 0 <= settings["seed"] < 2**32:
+        raise UserError(
+            f"stage {stage.name!r}, {kind}: a training's seed must be from 0 to 2^32 - 1, got "
+            f"{settings['seed']}"
+        )
     if recipe.data_root is not None:
         settings.setdefault("data_root", recipe.data_root)
     if "output_dir" in own:

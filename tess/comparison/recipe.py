@@ -17,7 +17,7 @@ from tess.errors import UserError
 from tess.metrics.catalog import get_protocol
 from tess.options import decode, known_keys, read_bytes, read_config, values_of
 from tess.sampling.options import SamplerOptions
-from tess.training.settings import make_parser
+from tess.training.flags import known_names
 
 ARMS = ("tess", "ar")
 COPY, LEAD, TRUNCATION, FIXED, UNTRAINED = "copy", "lead", "truncation", "fixed", "untrained"
@@ -193,7 +193,7 @@ def _stage(item: Mapping[str, Any], at: int) -> Stage:
     values = {"shared": {}, "tess": {}, "ar": {}} | values_of(_kinds(Stage), item, f"stage {at}")
     stage = Stage(name=_name(values.pop("name", None), f"stage {at}"), **values)
     where = f"stage {stage.name!r}"
-    flags = {action.dest for action in make_parser("")._actions} - {"help", "objective"}
+    flags = set(known_names()) - {"objective"}
     for key in ("shared", *ARMS):
         known_keys(getattr(stage, key), flags, f"{where}, {key}")
     if "output_dir" in stage.shared:

@@ -26,8 +26,8 @@ def find_models(run: Comparison) -> None:
     """Give a comparison its checkpoints, and drop the default systems that they cannot serve.
 
     Raises:
-        UserError: no checkpoint, one of the wrong kind, or two that differ where that is not
-            allowed.
+        UserError: no checkpoint, one of the wrong kind, two that differ where that is not allowed,
+            or a system with more steps than the checkpoint has.
     """
     for seed in run.recipe.seeds:
         run.models[seed] = gather_models(
@@ -38,11 +38,22 @@ def find_models(run: Comparison) -> None:
         parts = {arm: load_parts(models.folder / arm) for arm in ARMS}
         found.append(check_checkpoints(parts["tess"], parts["ar"], run.recipe.allow_differences))
     run.differing = found[0]
+    _check_steps(run.systems, parts["tess"].scheduler.config.num_train_timesteps)
     config = json.loads((run.first_models.folder / "ar" / "config.json").read_text())
     if run.recipe.default_systems and not config.get("num_nextn_predict_layers"):
         name = ArMtpDecoder.name
         run.systems = [system for system in run.systems if system.decoder != name]
         run.say(f"the AR checkpoint has no multi-token predictor; {name} is left out")
+
+
+def _check_steps(systems: Sequence[System], most: int) -> None:
+    for system in systems:
+        steps = system.num_inference_steps
+        if steps is not None and steps > most and not system.untrained:
+            raise UserError(
+                f"system {system.name!r}: num_inference_steps must be from 1 to {most}, the number "
+                f"of training steps, got {steps}"
+            )
 
 
 def _places(run: Comparison, seed: int) -> dict[str, Path]:

@@ -154,7 +154,10 @@ def _or_preset(place: Path | str) -> str:
 
 def _read_config(folder: Path) -> TessConfig | HybridConfig:
     path = folder / "config.json"
-    model_type = TessConfig.get_config_dict(folder)[0].get("model_type")
+    content = TessConfig.get_config_dict(folder)[0]
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a JSON object, found a {type(content).__name__}")
+    model_type = content.get("model_type")
     if model_type == MODEL_TYPE:
         try:
             return read_released_config(folder)

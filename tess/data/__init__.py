@@ -6,6 +6,6 @@ delimited   CSV and TSV, and which of their quote marks are text
 parquet     Parquet, its columns of JSON decoded
 texts       the texts of a run: cleaned, kept apart from the evaluation rows
 token_rows  texts as token ids, in an order that a restart keeps
-collators   token rows as the batch of a training objective
+collators   token rows, corrupted, as a batch
 tasks/      the named tasks and their datasets
 """

@@ -1,8 +1,8 @@
-"""Collators: token rows to the batch of a training objective.
+"""Collators: token rows, corrupted, to a batch.
 
 B examples, L canvas (target) positions, S source positions. A batch is a dict of
 
-    source_ids, source_mask  [B, S]  long, left padded; absent when the objective has no source
+    source_ids, source_mask  [B, S]  long, left padded; absent when there is no source
     target_ids, target_mask  [B, L]  long, right padded; mask 1 = the position is in the canvas
     noise_mask               [B, L]  long; 1 = noised and predicted, 0 = clean context or padding
     loss_weights             [B, L]  float32
@@ -10,7 +10,7 @@ B examples, L canvas (target) positions, S source positions. A batch is a dict o
 A row is `{"source": ids or None, "target": ids, "seed": int}`, ids without special tokens, and may
 have a "batch_seed" of what is drawn once for its batch (without it: the first row's seed). All
 randomness comes from the rows' seeds (see `tess.data.token_rows`), so a batch is the same after a
-restart and with any number of loader workers. One objective is drawn per batch (not per example):
+restart and with any number of loader workers. One corruption is drawn per batch (not per example):
 batches with and without a source never mix.
 """
 
@@ -108,33 +108,33 @@ def _parts(total: int, count: int, rng: random.Random) -> list[int]:
 
 
 class Collator:
-    """Makes batches for an objective, or for a comma-separated mixture with equal shares.
+    """Makes batches of one corruption, or of several with equal shares.
 
-    Text objectives (all but those of `NEED_SOURCE`) read a row's target, or for a pair either side
-    with equal chance.
+    Corruptions of texts (all but those of `NEED_SOURCE`) read a row's target, or for a pair either
+    side with equal chance.
 
     Args:
         tokenizer: gives the special ids.
-        conditional_generation: see `OBJECTIVES`.
+        corruptions: of `tess.data.settings.CORRUPTIONS`.
         max_source_length, max_target_length: in tokens, special tokens included.
         canvas: the policy for padding.
 
     Raises:
-        UserError: for an unknown objective, or one that needs a `<mask>` that the tokenizer lacks.
+        UserError: for one that needs a `<mask>` that the tokenizer lacks.
     """
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        conditional_generation: str = "seq2seq",
+        corruptions: Sequence[str] = ("seq2seq",),
         *,
         max_source_length: int,
         max_target_length: int,
         canvas: Canvas | None = None,
     ) -> None:
         self.tokenizer = tokenizer
-        self.objectives = objective_names(conditional_generation)
-        if "text_infilling" in self.objectives and tokenizer.mask_token_id is None:
+        self.corruptions = tuple(corruptions)
+        if "text_infilling" in self.corruptions and tokenizer.mask_token_id is None:
             raise UserError(
                 "text_infilling needs a tokenizer with a mask_token, and this one has none"
             )
@@ -142,12 +142,13 @@ class Collator:
         self.max_target_length = max_target_length
         self.canvas = canvas or Canvas()
 
-    def __call__(self, rows: Sequence[Row], objective: str | None = None) -> dict[str, Tensor]:
-        """Collate `rows` under `objective`, or under one drawn from the mixture."""
-        # A stream of its own: the first row's example must not depend on which objective was drawn.
+    def __call__(self, rows: Sequence[Row], corruption: str | None = None) -> dict[str, Tensor]:
+        """Collate `rows` with `corruption`, or with one drawn from the mixture."""
+        # A stream of its own, under the name that runs began with: the first row's example must not
+        # depend on which corruption was drawn.
         seed = rows[0].get("batch_seed", rows[0]["seed"])
         batch_rng = random.Random(f"objective {seed}")
-        draw = OBJECTIVES[objective or batch_rng.choice(self.objectives)](self, batch_rng)
+        draw = DRAWS[corruption or batch_rng.choice(self.corruptions)](self, batch_rng)
         return self._pad([draw(row, random.Random(row["seed"])) for row in rows])
 
     # Each method draws what holds for the whole batch and returns the function that draws one
@@ -283,9 +284,9 @@ class Collator:
         return batch
 
 
-def _need_source(objective: str, row: Row) -> None:
+def _need_source(corruption: str, row: Row) -> None:
     if row["source"] is None:
-        raise UserError(f"{objective} needs rows with a source, got raw text")
+        raise UserError(f"{corruption} needs rows with a source, got raw text")
 
 
 def _side(row: Row, rng: random.Random) -> Sequence[int]:
@@ -294,9 +295,7 @@ def _side(row: Row, rng: random.Random) -> Sequence[int]:
     return row["target"]
 
 
-OBJECTIVES: dict[
-    str, Callable[[Collator, random.Random], Callable[[Row, random.Random], Drawn]]
-] = {
+DRAWS: dict[str, Callable[[Collator, random.Random], Callable[[Row, random.Random], Drawn]]] = {
     "seq2seq": Collator._seq2seq,
     "block": Collator._block,
     "prefix_lm": Collator._prefix_lm,
@@ -306,41 +305,4 @@ OBJECTIVES: dict[
     "ul2_with_unconditional": Collator._ul2_with_unconditional,
     "text_infilling": Collator._text_infilling,
 }
-"""What `conditional_generation` may name:
-
-- `seq2seq`: the target given the source.
-- `block`: a block of the target given the source and all blocks before it, for texts longer than
-  the canvas (arXiv 2210.17432, 2503.09573). Blocks are of `max_target_length` tokens, each equally
-  likely; the last one ends with `</s>`, and of a text that fits it is `seq2seq`. The blocks before
-  follow the source's `</s>`, and where `max_source_length` is short, their oldest tokens are cut.
-  Padding, where it has a weight, fills the block. Generate with the same `block_length`.
-- `prefix_lm`: the rest of a text given its beginning (1 token up to half of it), which is the
-  source.
-- `span_infilling`: T5 spans (15 %, mean length 3) noised in place; the rest of the text is clean
-  context.
-- `ul2`: in equal shares T5 spans (15 %, 3 or 8), aggressive spans (50 %, 3, 8 or 48) and
-  `prefix_lm`.
-- `unconditional`: the whole text.
-- `ul2_with_unconditional`: in equal shares the three of `ul2` and `unconditional`.
-- `text_infilling`: the text given itself with spans hidden behind one `<mask>` each (0 to 50 %,
-  mean length 3).
-"""
-
-
-NEED_SOURCE = ("seq2seq", "block")
-"""Objectives for pairs only."""
-
-
-def objective_names(conditional_generation: str) -> list[str]:
-    """The objectives of a comma-separated mixture.
-
-    Raises:
-        UserError: for an unknown or missing name, listing the known ones.
-    """
-    names = [name.strip() for name in conditional_generation.split(",")]
-    if unknown := [name for name in names if name not in OBJECTIVES]:
-        raise UserError(
-            f"conditional_generation has no {unknown[0]!r}; the known ones are "
-            f"{', '.join(OBJECTIVES)}"
-        )
-    return names
+"""The function of each of `tess.data.settings.CORRUPTIONS`."""

@@ -3,9 +3,8 @@
 import logging
 from pathlib import Path
 
-from tess.data.collators import NEED_SOURCE, objective_names
 from tess.data.rows import load_rows, load_texts
-from tess.data.settings import DataArguments
+from tess.data.settings import NEED_SOURCE, DataArguments
 from tess.data.tasks.catalog import get_task, load_task
 from tess.data.token_rows import TokenRows
 from tess.errors import UserError
@@ -32,8 +31,7 @@ def load_data(data: DataArguments, want_eval: bool) -> tuple[Texts, Texts]:
         raise UserError(
             "evaluation during training needs --validation_file (or a task with a validation split)"
         )
-    names = objective_names(data.conditional_generation)
-    if needing := [name for name in names if name in NEED_SOURCE]:
+    if needing := [name for name in data.corruptions if name in NEED_SOURCE]:
         for name, texts in (("training", train_texts), ("evaluation", eval_texts)):
             if any(source is None for source, _ in texts):
                 raise UserError(
@@ -133,7 +131,7 @@ def warn_of_cuts(rows: TokenRows, data: DataArguments) -> None:
 
 def _is_cut(source: int, target: int, data: DataArguments) -> bool:
     """Whether a row of so many tokens is beyond the maximum lengths."""
-    if set(objective_names(data.conditional_generation)) == {"block"}:
+    if set(data.corruptions) == {"block"}:
         # No target is too long, but all before its last block goes into the source.
         source += target // data.max_target_length * data.max_target_length
         target = 0

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tess.data.collators import Row
 from tess.errors import UserError
-from tess.text.tokenization import encode_texts
+from tess.text.tokenization import encode_texts, source_layout
 
 MEGABATCH = 50
 """Batches that are sorted by length together: little padding, other neighbours in every epoch."""
@@ -43,6 +43,7 @@ class TokenRows(Dataset):
         seed: int,
     ) -> None:
         self.seed = seed
+        self.num_special = len(source_layout(tokenizer, []))
         self.targets = encode_texts(tokenizer, targets)
         encoded = iter(
             encode_texts(tokenizer, [source for source in sources if source is not None])
@@ -76,6 +77,14 @@ class TokenRows(Dataset):
             len(target) + (0 if source is None else len(source))
             for source, target in zip(self.sources, self.targets, strict=True)
         ]
+
+    def length_rule(
+        self, max_source_length: int, max_target_length: int, quantile: float
+    ) -> tuple[float, int]:
+        """`length_rule` of the rows, which all have a source, with special tokens and cut."""
+        sources = [min(len(ids) + self.num_special, max_source_length) for ids in self.sources]
+        targets = [min(len(ids) + 1, max_target_length) for ids in self.targets]
+        return length_rule(sources, targets, quantile)
 
     def has_raw_text(self) -> bool:
         """Whether some row has no source."""

@@ -23,6 +23,7 @@ from tess.decoders.base import Decoder, Description, Generation, Sources
 from tess.decoders.generation_settings import GenerationSettings, only_given_options
 from tess.errors import UserError
 from tess.kernels import random
+from tess.options import check_count
 from tess.sampling.request import Request
 from tess.schedulers.renoising import sample_nucleus
 from tess.storage.parts import Parts
@@ -32,6 +33,8 @@ from tess.text.prompts import check_chat, encode_chats, encode_prompts
 from tess.text.tokenization import surplus_ids
 
 logger = logging.getLogger(__name__)
+
+MOST_DRAFT_TOKENS = 2**10
 
 
 class _KeyedNucleus(LogitsProcessor):
@@ -186,8 +189,7 @@ class ArMtpDecoder(ArDecoder):
                 "ar+mtp needs a checkpoint with a multi-token predictor, and this one has none "
                 "(num_nextn_predict_layers is 0 in its config.json)"
             )
-        if num_draft_tokens < 1:
-            raise UserError(f"num_draft_tokens must be at least 1, got {num_draft_tokens}")
+        check_count("num_draft_tokens", num_draft_tokens, MOST_DRAFT_TOKENS)
         self.num_draft_tokens = num_draft_tokens
 
     def describe(self) -> Description:

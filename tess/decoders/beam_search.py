@@ -12,8 +12,11 @@ from tess.backbones.causal_lm import HybridForCausalLM
 from tess.decoders.autoregressive import ArDecoder
 from tess.decoders.base import Description, Generation
 from tess.errors import UserError
+from tess.options import check_count
 from tess.sampling.request import Request
 from tess.storage.parts import Parts
+
+MOST_BEAMS = 2**10
 
 LENGTH_PENALTY = 1.0
 """Of a search that is not told one."""
@@ -116,8 +119,8 @@ def wants_beams(name: str, num_beams: int | None, length_penalty: float | None) 
     for option, value in (("num_beams", num_beams), ("length_penalty", length_penalty)):
         if value is not None and name != ArDecoder.name:
             raise UserError(f"{option} belongs to the ar decoder, and this one is {name}")
-    if num_beams is not None and num_beams < 1:
-        raise UserError(f"num_beams must be at least 1, got {num_beams}")
+    if num_beams is not None:
+        check_count("num_beams", num_beams, MOST_BEAMS)
     several = num_beams is not None and num_beams > 1
     if length_penalty is not None and not several:
         raise UserError(

@@ -9,7 +9,7 @@ from torch import Tensor
 from tess.costs.decoding import tess_flops
 from tess.decoders.base import Decoder, Description, Generation
 from tess.errors import UserError
-from tess.pipeline import TessPipeline, TessPipelineOutput
+from tess.sampling.call import TessPipelineOutput, TextDiffusion
 from tess.sampling.loop import TraceHook
 from tess.sampling.options import SamplerOptions
 from tess.sampling.request import Request
@@ -29,12 +29,11 @@ class TessDecoder(Decoder):
     def __init__(self, parts: Parts, options: SamplerOptions | None = None) -> None:
         super().__init__(parts)
         self.options = SamplerOptions() if options is None else options
-        self.pipeline = TessPipeline(
+        self.pipeline = TextDiffusion(
             denoiser=parts.model,
             scheduler=self.options.replace_scheduler(parts.scheduler),
             tokenizer=parts.tokenizer,
         )
-        self.pipeline.set_progress_bar_config(disable=True)
         self.default_num_inference_steps = self.pipeline.default_num_inference_steps
         self.max_target_length = self.model.config.max_target_length
 
@@ -81,7 +80,7 @@ class TessDecoder(Decoder):
         """As `generate`, in one batch, beside what the pipeline gave, its trace included.
 
         The trace has a row for every candidate, N in a row for each source. fixed_tokens, on_trace:
-        see `TessPipeline`.
+        see `TextDiffusion`.
         """
         rows = self.encode(texts, strict).rows
         self.model.eval()

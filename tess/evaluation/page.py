@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from tess.evaluation.protocol import protocol_lines, protocol_summary
+from tess.evaluation.report import Report
 
 GOLD_LENGTH_LABEL = "Diagnostic: uses the reference's length."
 PAGE_TITLES = {
@@ -17,7 +18,7 @@ SHORT_TITLES = {"system": "system", "first_candidate": "first", "copy_source": "
 """The same in the terminal."""
 
 
-def markdown(report: Mapping[str, Any]) -> str:
+def markdown(report: Report) -> str:
     """`report.json` as a page to read: the metrics in a table, then speed, then the setting."""
     columns = report["metrics"]
     system = columns["system"]
@@ -65,7 +66,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _first_candidate_lines(report: Mapping[str, Any]) -> list[str]:
+def _first_candidate_lines(report: Report) -> list[str]:
     if report["num_candidates"] == 1:
         return []
     return [
@@ -73,7 +74,7 @@ def _first_candidate_lines(report: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _sampler_settings(report: Mapping[str, Any]) -> dict[str, Any]:
+def _sampler_settings(report: Report) -> dict[str, Any]:
     """What of the sampler's settings applies, in words."""
     settings = {key: report[key] for key in ("scheduler", "timestep_spacing")}
     if report["scheduler"] is not None:
@@ -89,7 +90,7 @@ def _sampler_settings(report: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if value is not None}
 
 
-def _draft_lines(report: Mapping[str, Any]) -> list[str]:
+def _draft_lines(report: Report) -> list[str]:
     if report["acceptance_length"] is None:
         return []
     drafted = report["num_draft_tokens"]
@@ -100,7 +101,7 @@ def _draft_lines(report: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def summary(report: Mapping[str, Any]) -> str:
+def summary(report: Report) -> str:
     """The figures that matter first, as a small text table for the terminal."""
     columns = report["metrics"]
     keys = ("rouge1", "rouge2", "rougeL", "rougeLsum", "bleu", "chrf", "sari", "self_bleu")

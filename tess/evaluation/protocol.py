@@ -1,8 +1,8 @@
 """The section `protocol` of `report.json`: figures with intervals, baselines, and a paired test."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
+from tess.evaluation.report import Section
 from tess.metrics.bertscore import BertScore
 from tess.metrics.catalog import get_protocol
 from tess.metrics.measures import Measure
@@ -29,7 +29,7 @@ def protocol_section(
     resamples: int = RESAMPLES,
     seed: int = 0,
     bertscore: BertScore | None = None,
-) -> dict[str, Any]:
+) -> Section:
     """Score systems and baselines under a protocol, as plain data.
 
     Args:
@@ -89,7 +89,7 @@ def figures(
     return {key: figure(measure) for key, measure in scores.measures.items()}
 
 
-def protocol_lines(section: Mapping[str, Any]) -> list[str]:
+def protocol_lines(section: Section) -> list[str]:
     """The section in Markdown: a table and the signatures."""
     columns = section["figures"]
     names = {
@@ -117,7 +117,7 @@ def protocol_lines(section: Mapping[str, Any]) -> list[str]:
     return [*lines, "", "```", *section["signatures"].values(), "```", ""]
 
 
-def protocol_summary(section: Mapping[str, Any]) -> list[str]:
+def protocol_summary(section: Section) -> list[str]:
     """The main measure of all columns, for the terminal."""
     main, test = section["main"], section["against_copy"][section["main"]]
     columns = ", ".join(

@@ -18,6 +18,7 @@ from tess.errors import UserError
 from tess.evaluation.page import markdown
 from tess.evaluation.partial import PARTIAL, PartialTexts
 from tess.evaluation.protocol import protocol_section
+from tess.evaluation.report import Report, Section
 from tess.metrics.bertscore import BertScore
 from tess.metrics.catalog import get_protocol
 from tess.metrics.scores import score
@@ -119,7 +120,7 @@ class Written:
 class Evaluation:
     """The contents of `report.json` and of the lines of `predictions.jsonl`."""
 
-    report: dict[str, Any]
+    report: Report
     predictions: list[dict[str, Any]]
     num_kept: int = 0
 
@@ -220,7 +221,7 @@ def _score(
     settings: Settings,
     task: str | None,
     bertscore: BertScore | None,
-) -> tuple[dict[str, Any], dict[str, Any] | None]:
+) -> tuple[dict[str, Any], Section | None]:
     """The sections `metrics` and `protocol`."""
     described = decoder.describe()
     systems, samples = {"system": [one.text for one in written.texts]}, "1"
@@ -250,8 +251,8 @@ def _report(
     settings: Settings,
     checkpoint: str,
     data: Mapping[str, str | None],
-    scored: tuple[dict[str, Any], dict[str, Any] | None],
-) -> dict[str, Any]:
+    scored: tuple[dict[str, Any], Section | None],
+) -> Report:
     described, seconds = decoder.describe(), written.seconds
     nfe = [int(text.nfe) for text in written.texts]
     nfe_first = [int(text.nfe) for text in written.firsts]

@@ -1,6 +1,7 @@
 """The denoising loop and what steers it; `loop.denoise` is the door.
 
 loop        all steps of one batch, from noise to tokens
+call        a call from sources to texts, its checks and defaults
 writer      from encoded sources to tokens: what one canvas and a text in blocks share
 blocks      long texts, block after block
 options     how a denoiser samples, as one object

@@ -4,17 +4,16 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
-from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from tess.errors import UserError
 from tess.sampling.loop import Batch, StepHook
 from tess.self_conditioning import Prediction
 
-StepCallback = Callable[
-    [DiffusionPipeline, int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None
-]
+StepCallback = Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
+"""Its first argument is the pipeline."""
 
 SHOWN = ("token_ids", "log_probs", "entropies", "hidden_state", "logits")
 """What a callback may ask for."""

@@ -29,7 +29,15 @@ from tess.denoiser import TessDenoiser
 from tess.errors import UserError
 from tess.schedulers.renoising import RenoisingScheduler
 from tess.storage.files import replaced_folder
-from tess.storage.parts import Parts, kind_of, load_parts, own_fields, read_config, save_parts
+from tess.storage.parts import (
+    Parts,
+    check_target,
+    kind_of,
+    load_parts,
+    own_fields,
+    read_config,
+    save_parts,
+)
 from tess.text.end_tokens import share_end_tokens, union
 from tess.text.tokenization import load_tokenizer
 
@@ -149,13 +157,9 @@ def _keep_tokenizer(tokenizer: PreTrainedTokenizerBase, source: Path, target: Pa
 
 
 def _check_target(source: Path, target: Path) -> None:
-    """Whatever is in the target folder goes, so it may hold a checkpoint, and nothing else."""
-    if target.exists() and not target.is_dir():
-        raise UserError(f"{target} is a file; expected a folder to write, or none yet")
     if source.resolve().is_relative_to(target.resolve()):
         raise UserError(f"{target} holds the source {source}, which writing it would delete")
-    if target.is_dir() and any(target.iterdir()) and kind_of(target) is None:
-        raise UserError(f"{target} holds something else than a checkpoint; it has to be empty")
+    check_target(target)
 
 
 def _causal_inside(denoiser: TessDenoiser) -> tuple[HybridForCausalLM, list[str]]:

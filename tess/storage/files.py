@@ -5,6 +5,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -57,17 +58,48 @@ def write_atomically(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)  # gone already unless something failed
 
 
+OWN_FILES = (
+    "model_index.json config.json *_config.json generation_config.json processor_config.json "
+    "model*.safetensors model*.safetensors.index.json average.safetensors "
+    "timestep_density.safetensors place.json trainer_state.json training_args.bin optimizer.* "
+    "scheduler.pt scaler.pt rng_state*.pth pytorch_model_fsdp* __*.distcp .metadata "
+    "tokenizer.json special_tokens_map.json added_tokens.json vocab.* merges.txt *.model "
+    "chat_template.* *.jinja"
+).split()
+"""Names of the files in a checkpoint: ours, and those of transformers, diffusers and accelerate."""
+
+
+def check_replaceable(folder: Path) -> None:
+    """What a folder holds goes when it is replaced, so that may be a checkpoint and nothing else.
+
+    Raises:
+        UserError: it is a file, or holds one that no checkpoint has; it names that file.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; expected a folder to write, or none yet")
+    for path in sorted(folder.rglob("*")):
+        if not path.is_dir() and not any(fnmatch(path.name, name) for name in OWN_FILES):
+            raise UserError(
+                f"{folder} holds something else than a checkpoint, which writing there would "
+                f"delete: {path.relative_to(folder)}; move it, or name another folder"
+            )
+
+
 @contextmanager
-def replaced_folder(final: Path) -> Iterator[Path]:
+def replaced_folder(final: Path, keeps_all: bool = False) -> Iterator[Path]:
     """A temporary folder that becomes `final` when the block ends without an error.
 
     Until then whatever was in `final` stays as it is; after an error the temporary folder is gone.
     What an earlier process, killed in mid-replacement, had moved aside is put back first.
 
+    keeps_all: the block copies what `final` holds, so that it may be anything.
+
     Raises:
-        UserError: when the disk refuses (full, read-only).
+        UserError: when the disk refuses (full, read-only), or `check_replaceable` does.
     """
     _put_back(final.parent / ".saving")
+    if not keeps_all:
+        check_replaceable(final)
     temporary = final.parent / ".saving" / final.name
     old = final.parent / ".saving" / f"{final.name}.old"
     try:

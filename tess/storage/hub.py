@@ -24,6 +24,8 @@ def local_folder(name: str | Path, files: list[str] = CHECKPOINT) -> Path:
     Raises:
         UserError: no such folder, or a repository that is not there or cannot be reached.
     """
+    if not str(name):
+        raise UserError("expected a folder or a hub id, got an empty name")
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder

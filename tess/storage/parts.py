@@ -24,9 +24,9 @@ from tess.backbones.released import MODEL_TYPE, load_released, mtp_blocks, read_
 from tess.config import TessConfig
 from tess.denoiser import TessDenoiser
 from tess.errors import UserError
-from tess.pipeline import TessPipeline
 from tess.schedulers.base import SimplexScheduler
 from tess.schedulers.family import SAMPLERS
+from tess.storage.files import check_replaceable
 from tess.text.end_tokens import share_end_tokens
 from tess.text.tokenization import load_tokenizer
 
@@ -56,6 +56,8 @@ def save_parts(parts: Parts, folder: Path) -> None:
         parts.model.save_pretrained(folder)
         parts.tokenizer.save_pretrained(folder)
     else:
+        from tess.pipeline import TessPipeline  # two seconds of diffusers, and only saving needs it
+
         pipeline = TessPipeline(
             denoiser=parts.model, scheduler=parts.scheduler, tokenizer=parts.tokenizer
         )
@@ -72,6 +74,16 @@ def kind_of(folder: Path) -> str | None:
         return None
     known = isinstance(config, dict) and config.get("model_type") in CAUSAL_TYPES
     return "ar" if known else None
+
+
+def check_target(folder: Path) -> None:
+    """Raises UserError where a folder to write holds anything else than a checkpoint."""
+    check_replaceable(folder)
+    if folder.is_dir() and any(folder.iterdir()) and kind_of(folder) is None:
+        raise UserError(
+            f"{folder} holds something else than a checkpoint, which writing there would delete; "
+            "empty it, or name another folder"
+        )
 
 
 def load_parts(
@@ -98,21 +110,20 @@ def load_parts(
             f"with a config.json of model_type {' or '.join(map(repr, CAUSAL_TYPES))} (ar)"
         )
     try:
+        scheduler = None
         if kind == "tess":
             scheduler_class = _scheduler_class(folder)
             config = read_config(folder / "denoiser", TessConfig)
             settings = (config.backbone_config,)
-            parts = Parts(
-                model=load_checkpoint(
-                    TessDenoiser, config, folder / "denoiser", dtype=dtype, device=device
-                ),
-                tokenizer=load_tokenizer(folder / "tokenizer", *settings),
-                scheduler=_load_scheduler(scheduler_class, folder / "scheduler"),
+            model = load_checkpoint(
+                TessDenoiser, config, folder / "denoiser", dtype=dtype, device=device
             )
+            scheduler = _load_scheduler(scheduler_class, folder / "scheduler")
         else:
             model = _load_causal(folder, dtype, device)
             settings = (model.config, model.generation_config)
-            parts = Parts(model, load_tokenizer(folder, *settings))
+        place = folder / "tokenizer" if kind == "tess" else folder
+        parts = Parts(model, load_tokenizer(place, *settings), scheduler)
     except (OSError, SafetensorError, ValueError) as error:
         if fault := fault_in(folder):
             raise UserError(fault) from error

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from tess.errors import UserError
-from tess.kernels.simplex_embedding import NOISES
 from tess.options import option
-from tess.schedulers.base import SPACINGS
 from tess.schedulers.presets import SCHEDULER_PRESETS
-from tess.schedulers.simplex import NUM_TOP
+
+SPACINGS = ("recoverability", "uniform")
+NOISES = ("order_statistics", "dense")
 
 
 @dataclass
@@ -52,7 +52,7 @@ class DiffusionArguments:
         choices=list(NOISES),
     )
     num_top: int | None = option(
-        None, f"Order statistics that are drawn exactly (default: {NUM_TOP})."
+        None, "Order statistics that are drawn exactly (default: 32)."
     )
     num_diffusion_steps: int | None = option(
         None,

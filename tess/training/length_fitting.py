@@ -215,7 +215,8 @@ def save_length_head(
     config.target_length_quantile = quantile
     config.target_length_margin = margin
     model.length_head = head.to(model.dtype)
-    with replaced_folder(output_dir) as folder:
+    in_place = output_dir.resolve() == checkpoint.resolve()
+    with replaced_folder(output_dir, keeps_all=in_place) as folder:
         ignored = shutil.ignore_patterns("model*.safetensors*")
         shutil.copytree(checkpoint, folder, dirs_exist_ok=True, ignore=ignored)
         model.save_pretrained(folder / "denoiser")

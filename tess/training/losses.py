@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tess.backbones.config import HybridConfig
-from tess.denoiser import DenoiserOutput, SourceReading, TessDenoiser
+from tess.denoiser import DenoiserOutput, SourceReading
 from tess.errors import UserError
 from tess.length import length_loss, text_lengths
 from tess.schedulers.density import EARLIEST_TIME, LearnedDensity
@@ -119,7 +119,8 @@ def tess_loss(
     has_first = core.config.self_conditioning is not None
     if not core.training:
         share = self_conditioning_probability if has_first else 0.0
-        loss = _expected_loss(core, partial(run, sample, drawn.times_B, **labels), share)
+        labelled = partial(run, sample, drawn.times_B, **labels)
+        loss = _expected_loss(labelled, core.predict, share)
         return _weighted(core, batch, update, drawn, reading, given, loss, length_loss_weight)
     if has_first and torch.rand(()).item() < self_conditioning_probability:
         with torch.no_grad():
@@ -148,14 +149,13 @@ def _draw(
     batch = update.batches[update.turn]
     device, dropped_R = batch["target_ids"].device, None
     if "source_ids" in batch and source_drop_probability:
-        drawn_R = update.draw(lambda count: torch.rand(count, device=device))
-        dropped_R = drawn_R < source_drop_probability
-    uniforms_B = update.own(update.draw(lambda n: sample_uniforms(n, stratified, device)))
-    return Drawn(sample_times(uniforms_B), _noise_keys(update), dropped_R)
+        dropped_R = torch.rand(update.total, device=device) < source_drop_probability
+    uniforms_R = sample_uniforms(update.total, stratified, device)
+    return Drawn(sample_times(uniforms_R[update.own]), _noise_keys(update), dropped_R)
 
 
 def _condition(
-    core: TessDenoiser, batch: Batch, update: Update, drawn: Drawn
+    core: nn.Module, batch: Batch, update: Update, drawn: Drawn
 ) -> tuple[SourceReading | None, dict[str, Any]]:
     """The source read once, if there is one, and what every pass is given beside the simplex."""
     given = {"target_mask": batch["target_mask"]}
@@ -167,7 +167,7 @@ def _condition(
     source = {name: batch[name] for name in ("source_ids", "source_mask")}
     if drawn.dropped_R is not None:
         config = core.config.backbone_config
-        source = _emptied(source, update.own(drawn.dropped_R), config)
+        source = _emptied(source, drawn.dropped_R[update.own], config)
     reading = core.read_source(**source)
     return reading, given | source | {"cache": reading.cache}
 
@@ -177,7 +177,9 @@ def _noised(scheduler: RenoisingScheduler, ids_BL: Tensor, drawn: Drawn) -> Simp
 
 
 def _expected_loss(
-    core: TessDenoiser, run: Callable[[Prediction | None], DenoiserOutput], share: float
+    run: Callable[[Prediction | None], DenoiserOutput],
+    predict: Callable[[Tensor], Prediction],
+    share: float,
 ) -> Tensor:
     """The tokens' loss, a `share` of it after a first pass: what the coin gives on average.
 
@@ -186,7 +188,7 @@ def _expected_loss(
     first = run(None)
     if share == 0:
         return first.loss
-    second = run(core.predict(first.last_hidden_state))
+    second = run(predict(first.last_hidden_state))
     return second.loss if share == 1 else torch.lerp(first.loss, second.loss, share)
 
 
@@ -208,7 +210,7 @@ def _unrolled(
 
 
 def _weighted(
-    core: TessDenoiser,
+    core: nn.Module,
     batch: Batch,
     update: Update,
     drawn: Drawn,
@@ -223,7 +225,9 @@ def _weighted(
     def known(turn: int) -> Tensor:  # [B] bool: there is a length to be learnt
         ids_BL = update.batches[turn]["target_ids"]
         _, ended_B = text_lengths(ids_BL, eos)
-        return ended_B if drawn.dropped_R is None else ended_B & ~update.own(drawn.dropped_R, turn)
+        if drawn.dropped_R is None:
+            return ended_B
+        return ended_B & ~drawn.dropped_R[update.rows(turn)]
 
     def weights(turn: int) -> Tensor:
         tokens = update.batches[turn]["loss_weights"].sum()
@@ -246,15 +250,12 @@ def _weighted(
 
 def _noise_keys(update: Update) -> Tensor:
     device = update.batches[update.turn]["target_ids"].device
-    return update.own(
-        update.draw(lambda count: torch.randint(2**63 - 1, (count,), device=device))
-    )
+    return torch.randint(2**63 - 1, (update.total,), device=device)[update.own]
 
 
 def _later_times(update: Update, times_B: Tensor, steps: int) -> list[Tensor]:
     """`steps` times per example between its own and 1, uniform, the latest first."""
-    device = times_B.device
-    drawn = update.own(update.draw(lambda count: torch.rand(steps, count, device=device)))
+    drawn = torch.rand(steps, update.total, device=times_B.device)[:, update.own]
     shares = drawn.sort(dim=0, descending=True).values
     return list(times_B + shares * (1 - times_B))
 

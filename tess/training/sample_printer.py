@@ -26,15 +26,15 @@ class PrintSamples(TrainerCallback):
             "ul2": "prefix_lm",
             "ul2_with_unconditional": "prefix_lm",
         }
-        names = [with_source.get(name, name) for name in collator.objectives]
-        self.objective = next(
+        names = [with_source.get(name, name) for name in collator.corruptions]
+        self.corruption = next(
             (n for n in names if n in ("seq2seq", "prefix_lm", "text_infilling")), None
         )
         self.batch: dict[str, torch.Tensor] = {}
-        if self.objective:
+        if self.corruption:
             count = min(settings.run.num_samples_to_print, len(rows))
             self.batch = collator(
-                [rows[i * len(rows) // count] for i in range(count)], self.objective
+                [rows[i * len(rows) // count] for i in range(count)], self.corruption
             )
         self.printed_at: int | None = None
 
@@ -51,7 +51,7 @@ class PrintSamples(TrainerCallback):
 
     def _print(self, step: int) -> None:
         if (
-            not self.objective
+            not self.corruption
             or step == self.printed_at
             or not self.trainer.is_world_process_zero()
         ):
@@ -68,9 +68,9 @@ class PrintSamples(TrainerCallback):
         generations = decoder.generate_ids(sources, num_inference_steps=steps)
         model.train(was_training)
         show = partial(
-            self.tokenizer.decode, skip_special_tokens=self.objective != "text_infilling"
+            self.tokenizer.decode, skip_special_tokens=self.corruption != "text_infilling"
         )
-        print(f"--- samples at step {step} ({self.objective}) ---")
+        print(f"--- samples at step {step} ({self.corruption}) ---")
         for source, target, generation in zip(
             sources, self.batch["target_ids"], generations, strict=True
         ):

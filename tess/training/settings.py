@@ -1,26 +1,19 @@
-"""Settings of a training run: dataclasses filled from a YAML or JSON file and flags, flags winning.
+"""Settings of a training run, as dataclasses, and what has to hold between them.
 
-The file's keys are the flags' names, in one flat mapping. A key or flag that does not exist is an
-error that names the nearest ones.
+Nothing heavy is imported: `tess-train --help` prints them, and most mistakes are seen, before torch
+loads. The choices that torch modules define are therefore repeated here; a test compares them.
 """
 
-import argparse
-import dataclasses
-import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NoReturn
+from collections.abc import Collection
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
 
-import transformers
-from transformers import HfArgumentParser
-
-from tess.backbones.config import HybridConfig
-from tess.backbones.presets import PRESETS
 from tess.data.settings import DataArguments
-from tess.errors import UserError
-from tess.options import flags_from_file, option, unknown_name
+from tess.options import option
 from tess.training.diffusion_settings import DiffusionArguments
+
+if TYPE_CHECKING:
+    import transformers
 
 
 @dataclass
@@ -88,13 +81,15 @@ class ModelArguments:
         "(default: bidirectional for tess).",
     )
 
-    def backbone_overrides(self) -> dict[str, Any]:
-        """The backbone's fields that were set."""
-        names = [
-            f.name for f in dataclasses.fields(self) if f.name in HybridConfig.__dataclass_fields__
-        ]
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+    def __post_init__(self) -> None:
+        """`backbone_fields`: those of the backbone's config that were set."""
+        names = [f.name for f in fields(self) if f.name not in NOT_OF_THE_BACKBONE]
+        chosen = {name: getattr(self, name) for name in names}
+        self.backbone_fields = {name: v for name, v in chosen.items() if v is not None}
 
+
+NOT_OF_THE_BACKBONE = {"objective", "init_from", "tokenizer", "train_tokenizer", "preset"}
+"""What `ModelArguments` has beside fields of the backbone's config."""
 
 SMALL_BACKBONE: dict[str, Any] = {
     "hybrid_override_pattern": "M*E-",
@@ -163,8 +158,11 @@ class RunArguments:
 
 
 @dataclass
-class TrainingArguments(transformers.TrainingArguments):
-    """transformers' own settings, with defaults that train a small new model from scratch."""
+class TrainingDefaults:
+    """Those of transformers' `TrainingArguments` whose defaults are others here.
+
+    They train a small new model from scratch.
+    """
 
     per_device_train_batch_size: int = option(
         32, "Rows per device and step (default: %(default)s)."
@@ -204,118 +202,20 @@ class Settings:
     causal: CausalArguments
     data: DataArguments
     run: RunArguments
-    training: TrainingArguments
+    training: "transformers.TrainingArguments | None"
 
 
-class _Parser(HfArgumentParser):
-    """HfArgumentParser whose errors are `UserError`s, without the usage of two hundred flags."""
+OWN = (ModelArguments, DiffusionArguments, CausalArguments, DataArguments, RunArguments)
+"""The groups of settings that are not transformers', in the order in which `Settings` has them."""
 
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-
-def make_parser(description: str) -> HfArgumentParser:
-    """The parser of `scripts/train.py`."""
-    return _Parser(
-        (
-            ModelArguments,
-            DiffusionArguments,
-            CausalArguments,
-            DataArguments,
-            RunArguments,
-            TrainingArguments,
-        ),
-        prog="scripts/train.py",
-        usage="scripts/train.py [CONFIG.yaml|json] [--flag value ...]",
-        description=description,
-        allow_abbrev=False,
-        formatter_class=argparse.HelpFormatter,
-    )
+ONLY_FOR = {
+    "tess": {f.name for f in fields(DiffusionArguments)},
+    "ar": {f.name for f in fields(CausalArguments)} | {"mtp_hybrid_override_pattern"},
+}
+"""Settings that nothing reads with the other objective."""
 
 
-def parse_settings(argv: Sequence[str] | None = None, description: str = "") -> Settings:
-    """Read `[CONFIG] [--flag value ...]`; a flag wins over the file.
-
-    Raises:
-        UserError: unreadable file, unknown key or flag (with near matches), or a value of the wrong
-        type.
-    """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    parser = make_parser(description)
-    known = {action.dest: action for action in parser._actions if action.dest != "help"}
-    if argv and not argv[0].startswith("-"):
-        argv = flags_from_file(Path(argv[0]), known) + argv[1:]
-    *parts, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-    if unknown:
-        raise UserError(unknown_name(unknown[0], [f"--{name}" for name in known], "flag"))
-    settings = Settings(*parts)
-    _check(settings)
-    return settings
-
-
-def _check_causal(settings: Settings) -> None:
-    causal = settings.causal
-    if causal.mtp_depth < 0:
-        raise UserError(f"mtp_depth must be 0 or more, got {causal.mtp_depth}")
-    if causal.mtp_depth and settings.model.objective != "ar":
-        raise UserError("--mtp_depth belongs to --objective ar")
-    if causal.mtp_depth == 0 and causal.freeze_backbone:
-        raise UserError("--freeze_backbone leaves nothing to train without --mtp_depth")
-    if causal.mtp_loss_scale <= 0:
-        raise UserError(f"mtp_loss_scale must be above 0, got {causal.mtp_loss_scale}")
-
-
-def _check_unrolling(diffusion: DiffusionArguments) -> None:
-    if diffusion.unroll_steps < 1:
-        raise UserError(f"unroll_steps must be at least 1, got {diffusion.unroll_steps}")
-    if diffusion.unroll_steps > 1 and not diffusion.unroll_probability:
-        raise UserError("--unroll_steps does nothing without --unroll_probability")
-    without = diffusion.self_conditioning == "none" or not diffusion.self_conditioning_probability
-    if diffusion.unroll_probability and without:
-        raise UserError(
-            "--unroll_probability is a share of the batches with a first pass, and without "
-            "self-conditioning there are none"
-        )
-
-
-def _check(settings: Settings) -> None:
-    model, data, run = settings.model, settings.data, settings.run
-    if settings.training.output_dir in (None, "trainer_output"):
-        raise UserError("name the folder to write to with --output_dir")
-    if bool(data.task) == bool(data.train_file):
-        raise UserError("give the training data by either --task or --train_file")
-    if data.dataset and not data.task:
-        raise UserError("--dataset belongs to a --task")
-    if sum((bool(model.tokenizer), model.train_tokenizer, bool(model.init_from))) != 1:
-        raise UserError("give exactly one of --tokenizer, --train_tokenizer and --init_from")
-    if model.init_from and (sizes := sorted(set(model.backbone_overrides()) - CHANGEABLE)):
-        raise UserError(f"--{sizes[0]} is fixed by the checkpoint that --init_from names")
-    if model.preset and model.init_from:
-        raise UserError("--preset is for a new model, and --init_from names one that is there")
-    if model.preset and model.preset not in PRESETS:
-        raise UserError(unknown_name(model.preset, list(PRESETS), "preset"))
-    _check_causal(settings)
-    settings.diffusion.denoiser_overrides()  # names a simplex value that is no number
-    for name in ("max_source_length", "max_target_length"):
-        if getattr(data, name) < 3:
-            raise UserError(
-                f"{name} must be at least 3 (special tokens and text), got {getattr(data, name)}"
-            )
-    for owner, name in (
-        (run, "ema_decay"),
-        (settings.diffusion, "self_conditioning_probability"),
-        (settings.diffusion, "unroll_probability"),
-        (settings.diffusion, "source_drop_probability"),
-    ):
-        if not 0 <= getattr(owner, name) <= 1:
-            raise UserError(f"{name} must be between 0 and 1, got {getattr(owner, name)}")
-    if settings.diffusion.length_loss_weight < 0:
-        raise UserError(
-            f"length_loss_weight must not be negative, got {settings.diffusion.length_loss_weight}"
-        )
-    _check_unrolling(settings.diffusion)
-    for name in ("max_train_samples", "max_eval_samples"):
-        if getattr(data, name) is not None and getattr(data, name) < 1:
-            raise UserError(f"{name} must be at least 1, got {getattr(data, name)}")
-    if run.ema_decay == 1:
-        raise UserError("ema_decay must be below 1, or the average never moves")
+def without_effect(objective: str, given: Collection[str]) -> list[str]:
+    """Which of the settings that were given belong to the other objective, in their order."""
+    other = "ar" if objective == "tess" else "tess"
+    return [name for name in given if name in ONLY_FOR[other]]

@@ -1,52 +1,131 @@
-"""A new run's tokenizer, model and scheduler: from the settings alone, or from a checkpoint."""
+"""What a run is made of before its first update; `prepare` is the door.
+
+Tokenizer, model and scheduler come from the settings alone, or from a checkpoint.
+"""
 
 import logging
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+import torch
+from transformers import GenerationConfig, PreTrainedTokenizerBase, set_seed
 
 from tess.backbones.causal_lm import HybridForCausalLM
 from tess.backbones.config import HybridConfig
 from tess.backbones.presets import PRESETS
 from tess.config import TessConfig
-from tess.data.collators import objective_names
-from tess.data.texts import Texts
-from tess.data.token_rows import TokenRows, length_rule
+from tess.data.collators import Canvas
+from tess.data.texts import Texts, load_data, warn_of_cuts, without_long
+from tess.data.token_rows import TokenRows
 from tess.denoiser import TessDenoiser
 from tess.errors import UserError
-from tess.pipeline import check_scheduler
+from tess.sampling.call import check_scheduler
+from tess.schedulers.density import LearnedDensity
 from tess.schedulers.presets import DEFAULT_PRESET, SCHEDULER_PRESETS
+from tess.schedulers.recoverability import recoverability
 from tess.schedulers.renoising import RenoisingScheduler
 from tess.storage.hub import local_folder
-from tess.storage.parts import Parts, copy_weights, load_parts, own_fields
+from tess.storage.parts import Model, Parts, copy_weights, load_parts, own_fields
 from tess.text.end_tokens import end_tokens
-from tess.text.tokenization import id_count, load_tokenizer, source_layout, train_tokenizer
+from tess.text.tokenization import id_count, load_tokenizer, train_tokenizer
+from tess.training.losses import ar_loss, tess_loss
 from tess.training.settings import SMALL_BACKBONE, Settings
+from tess.training.update import Batch, Update
+
+Loss = Callable[[torch.nn.Module, Batch, Update], torch.Tensor]
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_VOCAB_SIZE = 4096
+DENSITY_BINS = 64
 
 
-def build_parts(settings: Settings, texts: Texts) -> Parts:
-    """Tokenizer, model and scheduler of a new run."""
-    if settings.model.init_from:
-        given = load_parts(local_folder(settings.model.init_from))
+@dataclass
+class Prepared:
+    """What is trained, on what, and how it is measured.
+
+    canvas: how long targets are, and what their padding weighs.
+    loss: (model, batch, update) -> the batch's part in the update's loss.
+    density: the learned one of times, if there is one; the loss learns it.
+    """
+
+    parts: Parts
+    rows: TokenRows
+    eval_rows: TokenRows | None
+    canvas: Canvas
+    loss: Loss
+    density: LearnedDensity | None
+
+
+def prepare(settings: Settings, checkpoint: Path | None = None) -> Prepared:
+    """Read the data, and build the model or read that of the checkpoint of an earlier run.
+
+    Raises:
+        UserError: for data that cannot be trained on, and a model that cannot be built.
+    """
+    args, data = settings.training, settings.data
+    train_texts, eval_texts = load_data(data, want_eval=args.eval_strategy != "no")
+    set_seed(args.seed)
+    init_from = settings.model.init_from
+    folder = checkpoint or (local_folder(init_from) if init_from else None)
+    given = load_parts(folder) if folder else None
+    parts = given if checkpoint else build_parts(settings, train_texts, given)
+    rows, eval_rows = (
+        TokenRows(parts.tokenizer, *zip(*texts, strict=True), seed=seed) if texts else None
+        for texts, seed in ((train_texts, args.seed), (eval_texts, args.seed + 1))
+    )
+    if data.long_rows == "drop":
+        rows = without_long(rows, data)
+    if not checkpoint:
+        store_limits(parts, settings, rows)
+    warn_of_cuts(rows, data)
+    canvas, density = make_canvas(settings, parts, rows), None
+    if parts.scheduler is not None and settings.diffusion.timestep_density == "learned":
+        density = learned_density(parts.scheduler)
+    loss = make_loss(settings, parts, density)
+    return Prepared(parts, rows, eval_rows, canvas, loss, density)
+
+
+def build_parts(settings: Settings, texts: Texts, given: Parts | None = None) -> Parts:
+    """Tokenizer, model and scheduler of a new run; `given` are those that it starts from."""
+    if given is not None:
         return _adapted(settings, given)
     tokenizer = _tokenizer(settings, texts)
     ids = {
         name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")
     }
     sizes = PRESETS[settings.model.preset] if settings.model.preset else SMALL_BACKBONE
-    fields = sizes | _direction(settings) | settings.model.backbone_overrides()
+    fields = sizes | _direction(settings) | settings.model.backbone_fields
     fields |= {"num_nextn_predict_layers": int(settings.causal.mtp_depth > 0)}
     backbone = HybridConfig(**(fields | ids | {"vocab_size": id_count(tokenizer)}))
     if settings.model.objective == "ar":
+        _check_size(HybridForCausalLM, backbone)
         return Parts(HybridForCausalLM(backbone), tokenizer)
     config = TessConfig(
         backbone_config=backbone, **(_new_positions(settings) | _denoiser_fields(settings))
     )
+    _check_size(TessDenoiser, config)
     return Parts(TessDenoiser(config), tokenizer, _scheduler(settings, config))
+
+
+def _check_size(kind: type[Model], config: HybridConfig | TessConfig) -> None:
+    """Raises UserError for a model that this machine's memory cannot hold."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            needed = sum(4 * parameter.numel() for parameter in kind(config).parameters())
+    except (RuntimeError, OverflowError, MemoryError) as error:
+        raise UserError(f"no model has such sizes: {str(error).splitlines()[0]}") from error
+    if needed > memory:
+        raise UserError(
+            f"the model's weights take {needed / 1e9:,.0f} GB in float32, and this machine's "
+            f"memory has {memory / 1e9:,.0f}"
+        )
 
 
 def _new_positions(settings: Settings) -> dict[str, int]:
@@ -102,22 +181,24 @@ def _adapted(settings: Settings, given: Parts) -> Parts:
     """The model of this run with the weights of another one, of either kind."""
     was = given.model.config
     backbone = was if isinstance(was, HybridConfig) else was.backbone_config
-    changes = settings.model.backbone_overrides() | _predictor(settings, backbone)
+    changes = settings.model.backbone_fields | _predictor(settings, backbone)
     changes |= own_ends(given.tokenizer)
+    chosen = {} if settings.model.objective == "ar" else _denoiser_fields(settings)
     backbone = HybridConfig(**(own_fields(backbone) | changes))
     if settings.model.objective == "ar":
-        parts = Parts(HybridForCausalLM(backbone), given.tokenizer)
+        model: Model = HybridForCausalLM(backbone)
     else:
         fields = own_fields(was) if isinstance(was, TessConfig) else {}
-        fields |= {"backbone_config": backbone} | _denoiser_fields(settings)
+        fields |= {"backbone_config": backbone} | chosen
         config = TessConfig(**fields)
-        scheduler = _scheduler(settings, config, given.scheduler)
-        parts = Parts(TessDenoiser(config), given.tokenizer, scheduler)
-    new, unused = copy_weights(given.model, parts.model)
+        model = TessDenoiser(config)
+    new, unused = copy_weights(given.model, model)
     for what, names in (("starts untrained", new), ("is not used", unused)):
         if names:
             logger.warning("of %s, %s %s", settings.model.init_from, ", ".join(names), what)
-    return parts
+    if settings.model.objective == "ar":
+        return Parts(model, given.tokenizer)
+    return Parts(model, given.tokenizer, _scheduler(settings, model.config, given.scheduler))
 
 
 def own_ends(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -151,7 +232,7 @@ def store_limits(parts: Parts, settings: Settings, rows: TokenRows) -> None:
             bos_token_id=config.bos_token_id,
             eos_token_id=config.eos_token_id,
         )
-    elif "seq2seq" in objective_names(data.conditional_generation):
+    elif "seq2seq" in data.corruptions:
         config = parts.model.config
         ratio, margin = fitted_length_rule(settings, parts, rows)
         config.target_length_ratio = ratio
@@ -161,13 +242,9 @@ def store_limits(parts: Parts, settings: Settings, rows: TokenRows) -> None:
 
 
 def fitted_length_rule(settings: Settings, parts: Parts, rows: TokenRows) -> tuple[float, int]:
-    """`length_rule` of the rows, which all have a source, at the run's quantile."""
-    data = settings.data
-    sources = [
-        len(source_layout(parts.tokenizer, ids, data.max_source_length)) for ids in rows.sources
-    ]
-    targets = [min(len(ids) + 1, data.max_target_length) for ids in rows.targets]
-    return length_rule(sources, targets, _length_quantile(settings, parts))
+    """The rows' rule of lengths at the run's quantile."""
+    limits = settings.data.max_source_length, settings.data.max_target_length
+    return rows.length_rule(*limits, _length_quantile(settings, parts))
 
 
 def _length_quantile(settings: Settings, parts: Parts) -> float:
@@ -184,3 +261,63 @@ def _head_quantile(settings: Settings, parts: Parts) -> float:
             f"ends at max_target_length, got {quantile}"
         )
     return quantile
+
+
+def make_canvas(settings: Settings, parts: Parts, rows: TokenRows) -> Canvas:
+    """The canvas of a run; autoregressive targets have none beyond `</s>`.
+
+    rows: the training rows, by which the canvases of a model with a length head are ruled: its
+        config's margin is the head's.
+    """
+    config = parts.model.config
+    if parts.scheduler is None:
+        return Canvas()
+    ratio, margin = config.target_length_ratio, config.target_length_margin
+    if config.length_head and ratio is not None:
+        ratio, margin = fitted_length_rule(settings, parts, rows)
+    return Canvas(
+        pad_loss_weight=config.pad_loss_weight,
+        extent=settings.diffusion.canvas,
+        length_ratio=ratio,
+        length_margin=margin,
+    )
+
+
+def learned_density(scheduler: RenoisingScheduler) -> LearnedDensity:
+    """A learned density of times; before it has seen a loss it is even in recoverability."""
+    middles = (torch.arange(DENSITY_BINS, dtype=torch.float64) + 0.5) / DENSITY_BINS
+    size = scheduler.config.vocab_size
+    told = recoverability(scheduler.alpha_bar(middles), size)
+    return LearnedDensity(math.log(size) * (1 - told), scheduler.config.timestep_uniform_share)
+
+
+def make_loss(
+    settings: Settings, parts: Parts, density: LearnedDensity | None = None
+) -> Loss:
+    """(model, batch, update) -> loss; a learned density serves and learns in training mode."""
+    if parts.scheduler is None:
+        causal = settings.causal
+        return partial(
+            ar_loss,
+            mtp_depth=causal.mtp_depth,
+            mtp_loss_scale=causal.mtp_loss_scale,
+            next_token=not causal.freeze_backbone,
+        )
+    diffusion = settings.diffusion
+
+    def loss(model: torch.nn.Module, batch: Batch, update: Update | None = None) -> torch.Tensor:
+        return tess_loss(
+            model,
+            parts.scheduler,
+            batch,
+            update,
+            self_conditioning_probability=diffusion.self_conditioning_probability,
+            unroll_probability=diffusion.unroll_probability,
+            unroll_steps=diffusion.unroll_steps,
+            stratified=diffusion.stratified_timesteps,
+            source_drop_probability=diffusion.source_drop_probability if model.training else 0.0,
+            length_loss_weight=diffusion.length_loss_weight,
+            density=density if model.training else None,
+        )
+
+    return loss

@@ -7,6 +7,7 @@ there are any).
 
 import dataclasses
 import math
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -16,17 +17,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
-from transformers import Trainer, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
 from tess.backbones.feedforward import balance_routers
+from tess.backbones.pretrained import stays_float32
 from tess.data.token_rows import BucketSampler
 from tess.errors import UserError
+from tess.progress import Progress
 from tess.schedulers.density import LearnedDensity
 from tess.storage.files import replaced_folder
 from tess.storage.parts import Parts, load_parts, save_parts
-from tess.training.place import TRAINER_STATE_FILE, Place, place_of, rows_at
+from tess.training.resuming import TRAINER_STATE_FILE, Place
 from tess.training.sharding import full_state, is_sharded, load_full_state, shard, whole_copy
 from tess.training.update import Batch, Update, processes
 
@@ -81,6 +84,20 @@ class AfterUpdate(TrainerCallback):
             self.trainer.average.update(model, state.global_step)
 
 
+class ProgressLines(TrainerCallback):
+    """Lines of progress in place of transformers' bar, where stderr is no terminal."""
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self.progress = Progress(state.max_steps, "training", "updates", done=state.global_step)
+        self.progress.__enter__()
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        self.progress.advance()
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        self.progress.__exit__()
+
+
 class EpochOfSampler(TrainerCallback):
     """Tells the sampler which epoch begins; a restart in mid-epoch begins the same one again."""
 
@@ -101,6 +118,7 @@ class TextTrainer(Trainer):
         ema_decay: of the weights' moving average; 0 for none.
         balance_rate: step of the experts' balancing bias; 0 for none.
         density: the learned density of times that the loss function uses, to be saved with the run.
+        place: where the checkpoint stopped from which it is to go on.
         kwargs: Trainer's.
     """
 
@@ -113,6 +131,7 @@ class TextTrainer(Trainer):
         ema_decay: float = 0.0,
         balance_rate: float = 0.0,
         density: LearnedDensity | None = None,
+        place: Place = Place(),
         **kwargs: Any,
     ) -> None:
         super().__init__(model=parts.model, **kwargs)
@@ -124,24 +143,24 @@ class TextTrainer(Trainer):
         # The parts of an update's micro-batches are to be added up.
         self.loss_is_scaled_for_ga = True
         self._update = Update([])
-        self._place = Place(updates=0, epoch=0, rows=0, order_batch=0)
+        self.place = place
+        if place.updates:
+            train_sampler.keep_order(int(place.epoch), place.order_batch)
         self._run_dir: str | None = None
         if self.is_fsdp_enabled:
             self._check_sharded()
         self.add_callback(AfterUpdate(self, balance_rate))
         self.add_callback(EpochOfSampler(train_sampler))
+        if not self.args.disable_tqdm and not sys.stderr.isatty():
+            self.remove_callback(ProgressCallback)
+            self.add_callback(PrinterCallback)
+            if self.is_world_process_zero():
+                self.add_callback(ProgressLines())
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
         return self.train_sampler
 
     # Going on: where Trainer counts updates, rows are counted
-
-    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
-        if resume_from_checkpoint is not None:
-            place = place_of(Path(resume_from_checkpoint), len(self.train_sampler.lengths))
-            self.train_sampler.keep_order(place.epoch, place.order_batch)
-            self._place = place
-        return super().train(resume_from_checkpoint, **kwargs)
 
     @property
     def _step_rows(self) -> int:
@@ -151,22 +170,22 @@ class TextTrainer(Trainer):
     @property
     def _updates_done(self) -> int:
         """Whole updates, of today's size, in the rows of the epoch in which a run goes on."""
-        accumulation = self.args.gradient_accumulation_steps
-        return self._place.rows // (self._step_rows * accumulation)
+        rows = self.place.rows(len(self.train_sampler.lengths))
+        return rows // (self._step_rows * self.args.gradient_accumulation_steps)
 
     def set_initial_training_values(self, args: Any, dataloader: Any) -> tuple[Any, ...]:
         epochs, per_epoch, *more, max_steps = super().set_initial_training_values(args, dataloader)
-        done = self._place.epoch * per_epoch + self._updates_done
+        done = int(self.place.epoch) * per_epoch + self._updates_done
         if args.max_steps > 0:
-            last = done + max_steps - self._place.updates
+            last = done + max_steps - self.place.updates
             epochs = math.ceil(last / per_epoch)
         else:
-            max_steps += self._place.updates - done
+            max_steps += self.place.updates - done
         return epochs, per_epoch, *more, max_steps
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         super()._init_training_state(*args, **kwargs)
-        return self._place.epoch, self._updates_done * self.args.gradient_accumulation_steps
+        return int(self.place.epoch), self._updates_done * self.args.gradient_accumulation_steps
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """A process that the earlier run had not takes another's state: they are all in step."""
@@ -272,6 +291,22 @@ class TextTrainer(Trainer):
         """Context in which the model has the weights that are evaluated and shipped."""
         return nullcontext() if self.average is None else self.average.swapped_into(self.model)
 
+    def save_final(self, final: Path, dtype: torch.dtype) -> None:
+        """Write the (averaged) weights as `dtype`, but what stays float32 in memory as it is.
+
+        In a run of several processes the first one writes; all have to call this.
+        """
+        with self.averaged_weights():
+            state = full_state(self.model)
+            if not self.is_world_process_zero():
+                return
+            model = whole_copy(self.model, state)
+        for name, parameter in model.named_parameters():
+            if not stays_float32(name):
+                parameter.data = parameter.data.to(dtype)
+        with replaced_folder(final) as folder:
+            save_parts(dataclasses.replace(self.parts, model=model), folder)
+
     # FSDP
 
     def _check_sharded(self) -> None:
@@ -346,21 +381,24 @@ class TextTrainer(Trainer):
             save_file(self.average.tensors, folder / AVERAGE_FILE)
         if self.density is not None:
             save_file({"losses": self.density.losses}, folder / DENSITY_FILE)
-        epoch, rows = rows_at(self.state.epoch or 0, len(self.train_sampler), self._step_rows)
-        order_batch = self.train_sampler.batch_size_of(epoch)
-        Place(self.state.global_step, epoch, rows, order_batch).save(folder)
+        epoch = self.state.epoch or 0.0
+        order_batch = self.train_sampler.batch_size_of(int(epoch))
+        Place(self.state.global_step, epoch, self._step_rows, order_batch).save(folder)
+
+    def load_weights(self, checkpoint: Path) -> None:
+        """The weights of a checkpoint of this run, their average, and the learned density."""
+        load_full_state(self.model, load_parts(checkpoint).model.state_dict())
+        if self.average is not None:
+            tensors = load_file(checkpoint / AVERAGE_FILE)
+            for name, tensor in self.average.tensors.items():
+                tensor.copy_(tensors[name])
+        if self.density is not None:
+            self.density.load(load_file(checkpoint / DENSITY_FILE)["losses"])
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
-        loaded = load_parts(resume_from_checkpoint)
-        load_full_state(self.model, loaded.model.state_dict())
-        if self.average is not None:
-            tensors = load_file(Path(resume_from_checkpoint) / AVERAGE_FILE)
-            for name, tensor in self.average.tensors.items():
-                tensor.copy_(tensors[name])
-        if self.density is not None:
-            self.density.load(load_file(Path(resume_from_checkpoint) / DENSITY_FILE)["losses"])
+        self.load_weights(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)

@@ -68,18 +68,18 @@ class Update:
         """Whether this micro-batch is the update's last one."""
         return self.turn == len(self.batches) - 1
 
-    def draw(self, draw: Callable[[int], Tensor]) -> Tensor:
-        """Numbers [..., all rows of the update] from torch's generator; `draw`: rows -> numbers.
+    def rows(self, turn: int) -> slice:
+        """Which of the update's rows a micro-batch has, by its number.
 
-        The processes' generators are in step: one seed, and the same draws in all of them.
+        Random numbers are drawn for all `total` rows, in the last dimension, and this is the part
+        that counts. The processes' generators are in step: one seed, and the same draws in all.
         """
-        return draw(self.total)
+        return slice(self.starts[turn], self.starts[turn] + _rows(self.batches[turn]))
 
-    def own(self, drawn: Tensor, turn: int | None = None) -> Tensor:
-        """A micro-batch's part [..., N] of what `draw` gave; None is the one whose turn it is."""
-        turn = self.turn if turn is None else turn
-        start = self.starts[turn]
-        return drawn[..., start : start + _rows(self.batches[turn])]
+    @property
+    def own(self) -> slice:
+        """The rows of the micro-batch whose turn it is."""
+        return self.rows(self.turn)
 
     def totals(self, weights_of: Callable[[int], Tensor]) -> Tensor:
         """Sums [K] over all rows of what `weights_of` says of a micro-batch, by number; float32.

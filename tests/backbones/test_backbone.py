@@ -10,14 +10,8 @@ from tess.backbones.causal_lm import HybridForCausalLM
 from tess.backbones.config import HybridConfig
 from tess.backbones.feedforward import balance_routers
 from tess.backbones.hybrid import HybridModel
+from tiny import BACKBONE as OPTIONS
 
-OPTIONS = {
-    "vocab_size": 61, "hidden_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "head_dim": 12, "intermediate_size": 80, "ssm_state_size": 16, "mamba_num_heads": 4,
-    "mamba_head_dim": 16, "n_groups": 2, "chunk_size": 16, "n_routed_experts": 8,
-    "num_experts_per_tok": 2, "moe_intermediate_size": 40,
-    "moe_shared_expert_intermediate_size": 56, "hybrid_override_pattern": "M*EM-*",
-}
 DIRECTIONS = ("forward", "bidirectional", "gated")
 
 

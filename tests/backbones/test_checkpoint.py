@@ -16,15 +16,9 @@ from tess.backbones.config import HybridConfig
 from tess.backbones.damage import POINTER
 from tess.backbones.hybrid import HybridModel
 from tess.backbones.released import load_released, read_released_config, save_released
+from tiny import BACKBONE
 
-OPTIONS = {
-    "vocab_size": 61, "hidden_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "head_dim": 12, "intermediate_size": 80, "ssm_state_size": 16, "mamba_num_heads": 4,
-    "mamba_head_dim": 16, "n_groups": 2, "chunk_size": 16, "n_routed_experts": 8,
-    "num_experts_per_tok": 2, "moe_intermediate_size": 40, "moe_latent_size": 24,
-    "moe_shared_expert_intermediate_size": 56, "hybrid_override_pattern": "M*EM-*",
-    "num_nextn_predict_layers": 1,
-}
+OPTIONS = BACKBONE | {"moe_latent_size": 24, "num_nextn_predict_layers": 1}
 NANO_SHAPED = OPTIONS | {
     "hybrid_override_pattern": "MEMEM*EME", "n_routed_experts": 128, "num_experts_per_tok": 6,
     "moe_intermediate_size": 16, "moe_latent_size": None, "routed_scaling_factor": 2.5,

@@ -16,17 +16,11 @@ from tess.kernels.speculative import accept_drafts
 from tess.kernels.ssd import ssd_advance
 from tess.storage.parts import load_parts
 from tess.text.tokenization import encode_sources
+from tiny import BACKBONE
 
 SHIPPED = Path(__file__).resolve().parents[2] / "checkpoints" / "default" / "ar"
 
-OPTIONS = {
-    "vocab_size": 61, "hidden_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "head_dim": 12, "intermediate_size": 80, "ssm_state_size": 16, "mamba_num_heads": 4,
-    "mamba_head_dim": 16, "n_groups": 2, "chunk_size": 16, "n_routed_experts": 8,
-    "num_experts_per_tok": 2, "moe_intermediate_size": 40, "moe_latent_size": 24,
-    "moe_shared_expert_intermediate_size": 56, "hybrid_override_pattern": "M*EM-*",
-    "num_nextn_predict_layers": 1,
-}
+OPTIONS = BACKBONE | {"moe_latent_size": 24, "num_nextn_predict_layers": 1}
 
 
 def make(agreeing=False, **changes):

@@ -1,4 +1,4 @@
-"""scripts/benchmark.py gpu: a dry run goes all the way, a wrong kernel is seen and has no times."""
+"""tess-benchmark gpu: a dry run goes all the way, a wrong kernel is seen and has no times."""
 
 import json
 import math
@@ -14,14 +14,10 @@ import torch
 
 pytest.importorskip("triton", reason="the GPU benchmark needs the package triton")
 
-from tess.benchmarks.commands import make_parser
-from tess.benchmarks.gpu import (
-    checks,  # noqa: E402
-    shapes,  # noqa: E402
-)
+from tess.benchmarks.commands import make_parser  # noqa: E402
+from tess.benchmarks.gpu import checks, report, shapes  # noqa: E402
 from tess.benchmarks.gpu import compare as comparison  # noqa: E402
-from tess.benchmarks.gpu import report as benchmark_gpu_report
-from tess.benchmarks.gpu import run as benchmark_gpu
+from tess.benchmarks.gpu import run as benchmark_gpu  # noqa: E402
 from tess.benchmarks.gpu.cases import Maker, evaluate, scan_case  # noqa: E402
 from tess.benchmarks.gpu.clock import Clock, as_gpu, summarize  # noqa: E402
 from tess.benchmarks.gpu.options import OPERATIONS, PACKAGES, Options  # noqa: E402
@@ -372,11 +368,11 @@ def test_goals_take_the_fastest_rival_of_their_comparison():
         row("experts", "32768 tokens", "forward", "torch grouped_mm, sort and scatter", 9.0),
     ]
     result = {"shapes": [vars(shapes.NANO)], "rows": rows, "dry_run": False}
-    found = benchmark_gpu_report.goals(result)
+    found = report.goals(result)
     figures = [goal["figure"] for goal in found]
     assert figures[:5] == pytest.approx([1.8, 0.6, 3.0, 0.4, 1.5])
     assert [goal["met"] for goal in found] == [False, True, True, True, True, None, None]
-    assert all(g["met"] is None for g in benchmark_gpu_report.goals(result | {"dry_run": True}))
+    assert all(g["met"] is None for g in report.goals(result | {"dry_run": True}))
 
 
 def test_the_bidirectional_case_differs_from_two_passes_by_the_token_counted_twice():

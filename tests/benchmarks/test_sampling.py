@@ -27,6 +27,7 @@ from tess.sampling.writer import target_lengths
 from tess.schedulers.renoising import RenoisingScheduler
 from tess.schedulers.stopping import StoppingRule
 from tess.text.tokenization import train_tokenizer
+from tiny import DENOISER
 
 WORDS = "the cat sat on a mat while the small dog slept by an old red door and rain fell".split()
 SOURCES = ["the cat sat", "a small dog slept by the old red door while rain fell", "rain", "a dog"]
@@ -44,13 +45,8 @@ def rows(sources=SOURCES) -> Data:
 def pipeline():
     torch.manual_seed(5)
     tokenizer = train_tokenizer([" ".join(WORDS)] * 20, 300)
-    backbone = HybridConfig(
-        vocab_size=len(tokenizer), hidden_size=32, hybrid_override_pattern="M*-",
-        num_attention_heads=4, num_key_value_heads=2, head_dim=8, intermediate_size=48,
-        ssm_state_size=8, mamba_num_heads=4, mamba_head_dim=8, n_groups=2, chunk_size=4,
-        tie_word_embeddings=True, mamba_direction="bidirectional", initializer_range=0.4,
-        bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    )
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    backbone = HybridConfig(**DENOISER, **ids, vocab_size=len(tokenizer))
     config = TessConfig(
         backbone_config=backbone, source_encoding="bidirectional", max_source_length=32,
         max_target_length=24, target_length_ratio=0.8, target_length_margin=3,

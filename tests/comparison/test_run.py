@@ -272,6 +272,23 @@ def test_checkpoints_with_other_numbers_of_updates_are_refused(finished, tmp_pat
     assert compare(recipe, only="decode", plots=False) is None
 
 
+def test_more_steps_than_the_checkpoint_has_are_refused_before_anything_is_written(
+    finished, tmp_path
+):
+    (folder, _), *_ = finished
+    given = {arm: str(folder / "out/train/main" / f"{arm}.seed0") for arm in ("tess", "ar")}
+    systems = [*TESS_ONLY, {"name": "long", "decoder": "tess", "num_inference_steps": 5001}]
+    recipe = recipe_in(tmp_path, stages=None, checkpoints=given, systems=systems)
+    with pytest.raises(UserError, match="'long': num_inference_steps must be from 1 to 5000"):
+        compare(recipe, plots=False)
+    assert not (tmp_path / "out" / "systems").exists()
+
+
+def test_a_seed_that_no_training_takes_is_refused_with_its_number(tmp_path):
+    with pytest.raises(UserError, match=f"seed must be from 0 to .* got {2**40}"):
+        plan_arms(recipe_in(tmp_path, seeds=[2**40]))
+
+
 def test_a_stage_starts_from_the_one_before_and_tokenizers_are_shared(tmp_path):
     stages = [
         {"name": "pre", "shared": SIZES | RUN, "output_dir": str(tmp_path / "shared")},

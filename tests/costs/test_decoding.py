@@ -24,15 +24,8 @@ from tess.sampling.options import SamplerOptions
 from tess.schedulers.renoising import RenoisingScheduler
 from tess.storage.parts import Parts
 from tess.text.tokenization import train_tokenizer
+from tiny import WIDE
 
-# wide enough that what the counter does not see, all that is no product of matrices, is little
-WIDE = {
-    "vocab_size": 512, "hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "head_dim": 32, "intermediate_size": 256, "ssm_state_size": 32, "mamba_num_heads": 8,
-    "mamba_head_dim": 32, "n_groups": 2, "n_routed_experts": 8, "num_experts_per_tok": 2,
-    "moe_intermediate_size": 64, "moe_shared_expert_intermediate_size": 128, "chunk_size": 8,
-    "hybrid_override_pattern": "M*-E", "num_nextn_predict_layers": 1,
-}
 NUM_TOP = 32
 SOURCES = [list(range(5, 29)), list(range(40, 56))]
 CANVAS, LONGEST, DRAFTS = 12, 12, 3

@@ -15,14 +15,8 @@ from tess.costs.gpus import GPUS, Workload
 from tess.costs.model_info import describe
 from tess.costs.roofline import roofline
 from tess.errors import UserError
+from tiny import COUNTED as TINY
 
-TINY = {
-    "vocab_size": 31, "hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1,
-    "head_dim": 8, "intermediate_size": 24, "ssm_state_size": 4, "mamba_num_heads": 2,
-    "mamba_head_dim": 8, "n_groups": 1, "n_routed_experts": 4, "num_experts_per_tok": 1,
-    "moe_intermediate_size": 12, "moe_shared_expert_intermediate_size": 20,
-    "hybrid_override_pattern": "M*E",
-}
 # a file as NVIDIA writes it: lists of layers, bare Infinity, fields that mean nothing to the model
 RELEASED = """{
     "architectures": ["NemotronHForCausalLM"], "model_type": "nemotron_h",
@@ -181,5 +175,5 @@ def test_script_prints_json_and_refuses_other_folders(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no model"):
         describe(tmp_path / "empty")
-    with pytest.raises(UserError, match="is not a folder"):
+    with pytest.raises(UserError, match="there is no folder"):
         describe(tmp_path / "missing")

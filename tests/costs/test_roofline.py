@@ -39,14 +39,9 @@ from tess.denoiser import TessDenoiser
 from tess.errors import UserError
 from tess.schedulers.renoising import RenoisingScheduler
 from tess.schedulers.simplex import NUM_TOP
+from tiny import COUNTED as TINY
+from tiny import WIDE
 
-TINY = {
-    "vocab_size": 31, "hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1,
-    "head_dim": 8, "intermediate_size": 24, "ssm_state_size": 4, "mamba_num_heads": 2,
-    "mamba_head_dim": 8, "n_groups": 1, "n_routed_experts": 4, "num_experts_per_tok": 1,
-    "moe_intermediate_size": 12, "moe_shared_expert_intermediate_size": 20,
-    "hybrid_override_pattern": "M*E",
-}
 # numbers of its layers, norms of the stream included
 MAMBA = 16 + (16 + 24 + 2) * 16 + 24 * 4 + 24 + 3 * 2 + 16 + 16 * 16
 ATTENTION = 16 + 2 * 16 * 16 + 2 * 8 * 16
@@ -147,16 +142,6 @@ def test_cache_formulas_count_the_bytes_of_a_real_cache():
         model(torch.ones(3, 7, dtype=torch.long), cache=saved, use_cache=True)
     states = ssm_bytes_per_sequence(config, pattern) + conv_bytes_per_sequence(config, pattern)
     assert saved.num_bytes() == 3 * (states + 7 * kv_bytes_per_token(config, pattern))
-
-
-# wide enough that what the counter does not see, all that is no product of matrices, is little
-WIDE = {
-    "vocab_size": 512, "hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "head_dim": 32, "intermediate_size": 256, "ssm_state_size": 32, "mamba_num_heads": 8,
-    "mamba_head_dim": 32, "n_groups": 2, "n_routed_experts": 8, "num_experts_per_tok": 2,
-    "moe_intermediate_size": 64, "moe_shared_expert_intermediate_size": 128, "chunk_size": 8,
-    "hybrid_override_pattern": "M*-E", "num_nextn_predict_layers": 1,
-}
 
 
 def counted(function):

@@ -1,11 +1,12 @@
-"""What each objective shows to the model, hides from it and weighs."""
+"""What each corruption shows to the model, hides from it and weighs."""
 
 import random
 
 import pytest
 import torch
 
-from tess.data.collators import NEED_SOURCE, OBJECTIVES, Canvas, Collator, span_mask
+from tess.data.collators import Canvas, Collator, span_mask
+from tess.data.settings import CORRUPTIONS, NEED_SOURCE, corruption_names
 from tess.data.token_rows import BucketSampler, TokenRows, length_rule
 from tess.errors import UserError
 from tess.text.tokenization import train_tokenizer
@@ -19,9 +20,10 @@ def tokenizer():
     return train_tokenizer(["a b c d"], 261)
 
 
-def make(tokenizer, objective, **settings):
+def make(tokenizer, corruption, **settings):
+    names = corruption_names(corruption)
     return Collator(
-        tokenizer, objective, **({"max_source_length": 20, "max_target_length": 12} | settings)
+        tokenizer, names, **({"max_source_length": 20, "max_target_length": 12} | settings)
     )
 
 
@@ -52,14 +54,14 @@ def test_seq2seq_layout(tokenizer):
     assert torch.equal(batch["loss_weights"], batch["target_mask"].float())
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("corruption", CORRUPTIONS)
 @pytest.mark.parametrize("source", [True, False])
-def test_every_objective_keeps_the_contract(tokenizer, objective, source):
-    if objective in NEED_SOURCE and not source:
-        with pytest.raises(UserError, match=f"{objective} needs rows with a source"):
-            make(tokenizer, objective)(rows(source=False))
+def test_every_corruption_keeps_the_contract(tokenizer, corruption, source):
+    if corruption in NEED_SOURCE and not source:
+        with pytest.raises(UserError, match=f"{corruption} needs rows with a source"):
+            make(tokenizer, corruption)(rows(source=False))
         return
-    collate = make(tokenizer, objective)
+    collate = make(tokenizer, corruption)
     for start in range(20):
         given = [row | {"seed": row["seed"] + start} for row in rows(source=source)]
         batch = collate(given)
@@ -196,7 +198,7 @@ def test_span_masks_have_the_ratio_and_the_span_length(ratio, mean_span):
     assert sum(mask) / starts == pytest.approx(mean_span, rel=0.1)
 
 
-def test_mixture_takes_each_objective_for_whole_batches(tokenizer):
+def test_mixture_takes_each_corruption_for_whole_batches(tokenizer):
     collate = make(tokenizer, "seq2seq, unconditional")
     with_source = [
         "source_ids" in collate([{**row, "seed": seed} for row in rows()]) for seed in range(200)

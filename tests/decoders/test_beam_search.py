@@ -20,19 +20,13 @@ from tess.denoiser import TessDenoiser
 from tess.errors import UserError
 from tess.schedulers.renoising import RenoisingScheduler
 from tess.storage.parts import Parts, save_parts
-from tess.text.tokenization import train_tokenizer
+from tess.text.tokenization import encode_texts, train_tokenizer
+from tiny import DECODER
 
 TEXTS = ["a cat", "the dog ran after the cat and the cat ran", "naïve 東京", "a cat sat", "b"]
 LONGEST = 9
 EOS = 2
-SIZES = {
-    "hybrid_override_pattern": "M*E-", "hidden_size": 32, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "head_dim": 16, "intermediate_size": 32, "ssm_state_size": 8,
-    "mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 1, "chunk_size": 8,
-    "n_routed_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16,
-    "moe_shared_expert_intermediate_size": 16, "tie_word_embeddings": True,
-    "initializer_range": 0.3,
-}
+SIZES = DECODER | {"initializer_range": 0.3}
 
 
 @cache
@@ -59,7 +53,7 @@ def double():
 
 def sources(texts=TEXTS):
     tokenizer = parts().tokenizer
-    return [tokenizer(text).input_ids for text in texts]
+    return encode_texts(tokenizer, texts)
 
 
 @torch.no_grad()

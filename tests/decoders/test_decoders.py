@@ -21,20 +21,14 @@ from tess.decoders.load import load_decoder, make_decoder
 from tess.decoders.options import SamplerOptions
 from tess.denoiser import TessDenoiser
 from tess.errors import UserError
-from tess.pipeline import TessPipelineOutput
+from tess.sampling.call import TessPipelineOutput
 from tess.schedulers.renoising import RenoisingScheduler
 from tess.storage.parts import Parts, load_parts, save_parts
 from tess.text.tokenization import train_tokenizer
+from tiny import DECODER as SIZES
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 TEXTS = ["a cat", "the dog ran after the cat and the cat ran away", "naïve 東京", "a cat sat"]
-SIZES = {
-    "hybrid_override_pattern": "M*E-", "hidden_size": 32, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "head_dim": 16, "intermediate_size": 32, "ssm_state_size": 8,
-    "mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 1, "chunk_size": 8,
-    "n_routed_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16,
-    "moe_shared_expert_intermediate_size": 16, "tie_word_embeddings": True,
-}
 
 
 @pytest.fixture(scope="module")
@@ -253,6 +247,9 @@ def test_a_tokenizer_that_does_not_fit_is_refused(checkpoints, tmp_path):
         ("denoiser/config.json", "model_type", "bert", "unknown model_type 'bert'; known"),
         ("denoiser/config.json", "max_source_length", "16", "'max_source_length' expected int"),
         ("denoiser/config.json", "source_encoding", "odd", "source_encoding must be one of"),
+        ("denoiser/config.json", "vocab_size", 5, "vocab_size cannot be set: it follows from"),
+        ("denoiser/config.json", "use_return_dict", "x", "use_return_dict cannot be set: it"),
+        ("scheduler/scheduler_config.json", "num_top", "x", "num_top must be an integer, got 'x'"),
     ],
 )
 def test_what_a_tess_folder_names_must_be_known(checkpoints, tmp_path, file, key, value, message):

@@ -95,6 +95,11 @@ def test_ar_stops_at_every_end_token_as_transformers_does(two_ends):
     want = oracle(folder, ends)
     assert {text[-1] for text in want} >= set(ends[1:])  # both do end texts
     assert written(decoder) == want
+    calls = []
+    hook = decoder.model.backbone.register_forward_hook(lambda *_: calls.append(1))
+    written(decoder, batch_size=1)
+    hook.remove()
+    assert len(calls) == sum(map(len, want))  # it stops there, and does not only cut
     for text in decoder.generate_ids(ROWS, gen_length=LENGTH):
         assert text.text == decoder.tokenizer.decode(
             [t for t in text.token_ids if t not in ends], skip_special_tokens=True
@@ -163,6 +168,8 @@ def test_tess_cuts_at_every_end_token_and_writes_no_surplus_row(released, option
     assert ends == {2, *range(100, 200)}
     texts = decoder.generate_ids(ROWS, gen_length=LENGTH, num_inference_steps=3, top_p=top_p)
     assert any(text.token_ids[-1] in ends for text in texts)
+    if "block_length" in options:  # three blocks of three steps, unless the text has ended
+        assert min(text.nfe for text in texts if text.token_ids[-1] in ends - {2}) < 9
     for text in texts:
         assert ends.isdisjoint(text.token_ids[:-1])
         assert max(text.token_ids) < size - SURPLUS

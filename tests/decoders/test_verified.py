@@ -21,18 +21,12 @@ from tess.sampling.options import SamplerOptions
 from tess.schedulers.renoising import RenoisingScheduler
 from tess.storage.parts import Parts, load_parts, save_parts
 from tess.text.tokenization import train_tokenizer
+from tiny import DECODER
 
 ROOT = Path(__file__).resolve().parents[2]
 VOCAB, LIMIT = 61, 11
 TEXTS = ["a cat", "the dog ran after the cat and the cat ran away", "naïve 東京", "a cat sat"]
-SIZES = {
-    "hybrid_override_pattern": "M*E-", "hidden_size": 32, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "head_dim": 16, "intermediate_size": 32, "ssm_state_size": 8,
-    "mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 1, "chunk_size": 8,
-    "n_routed_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16,
-    "moe_shared_expert_intermediate_size": 16, "tie_word_embeddings": True,
-    "initializer_range": 0.3,
-}
+SIZES = DECODER | {"initializer_range": 0.3}
 
 
 @pytest.fixture(scope="module")

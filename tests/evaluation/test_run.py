@@ -14,6 +14,7 @@ from tess.decoders.base import Description
 from tess.errors import UserError
 from tess.evaluation import run as evaluation
 from tess.evaluation.page import markdown, summary
+from tess.evaluation.report import Report, Section
 from tess.evaluation.run import Settings, write_report
 from tess.metrics.catalog import CANDIDATE_MEASURES, PROTOCOLS
 from tess.metrics.measures import MEASURES
@@ -90,7 +91,7 @@ def test_report_has_the_documented_keys_and_both_columns():
     decoder = FirstWords()
     got = evaluate(decoder, EXAMPLES, checkpoint="ckpt", data=DATA, num_inference_steps=7, seed=3)
     report = got.report
-    assert list(report) == REPORT_KEYS
+    assert list(report) == REPORT_KEYS == list(Report.__annotations__)
     assert report["metrics"]["system"].keys() == report["metrics"]["copy_source"].keys()
     assert report["metrics"]["copy_source"]["exact_copies"] == 2
     assert report["metrics"]["system"]["rouge1"] == pytest.approx(100.0)  # "a b" and "one"
@@ -196,6 +197,7 @@ def test_the_first_candidate_stands_beside_the_chosen_one(tmp_path):
 def test_a_protocol_adds_its_section_to_the_report_the_page_and_the_summary():
     got = evaluate(BestOfThree(), EXAMPLES, protocol="paraphrase")
     section = got.report["protocol"]
+    assert list(section) == list(Section.__annotations__)
     assert list(section["figures"]) == ["system", "first_candidate", "copy", "lead", "truncation"]
     json.dumps(got.report, allow_nan=False)
     for column, name in (("system", "system"), ("first_candidate", "first_candidate"),

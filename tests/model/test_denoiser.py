@@ -11,20 +11,15 @@ from tess.config import SELF_CONDITIONING, TessConfig
 from tess.denoiser import TessDenoiser
 from tess.schedulers.renoising import RenoisingScheduler
 from tess.self_conditioning import Prediction
+from tiny import DENOISER
 
 V, H, K = 40, 32, 5.0
 PATTERN = "M*-E"
 
 
 def backbone(pattern: str = PATTERN, **settings) -> dict:
-    sizes = dict(
-        vocab_size=V, hidden_size=H, hybrid_override_pattern=pattern, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, intermediate_size=48, ssm_state_size=8,
-        mamba_num_heads=4, mamba_head_dim=8, n_groups=2, conv_kernel=4, chunk_size=4,
-        n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=24,
-        moe_shared_expert_intermediate_size=24, tie_word_embeddings=True, initializer_range=0.3,
-    )
-    return sizes | settings
+    sizes = {"vocab_size": V, "hybrid_override_pattern": pattern, "initializer_range": 0.3}
+    return DENOISER | sizes | {"mamba_direction": "forward"} | settings
 
 
 def make(pattern: str = PATTERN, tie: bool = True, direction: str = "bidirectional", **settings):

@@ -25,6 +25,7 @@ from tess.schedulers.renoising import RenoisingScheduler
 from tess.storage.parts import Parts, load_parts, save_parts
 from tess.text.tokenization import encode_texts, train_tokenizer
 from tess.training.diffusion_settings import DiffusionArguments
+from tess.training.flags import parse_settings
 from tess.training.length_fitting import (
     LengthRows,
     encode_rows,
@@ -33,16 +34,12 @@ from tess.training.length_fitting import (
     split_rows,
 )
 from tess.training.losses import tess_loss
-from tess.training.run import make_collator
-from tess.training.settings import parse_settings
-from tess.training.start import build_parts, store_limits
+from tess.training.start import build_parts, make_canvas, store_limits
+from tiny import DECODER
 
 BOS, EOS, V, N = 1, 2, 300, 24
-SIZES = {
-    "vocab_size": V, "hybrid_override_pattern": "M*", "hidden_size": 32,
-    "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "ssm_state_size": 8,
-    "mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 1, "chunk_size": 8,
-    "tie_word_embeddings": True, "initializer_range": 0.1,
+SIZES = DECODER | {
+    "vocab_size": V, "hybrid_override_pattern": "M*", "initializer_range": 0.1,
     "pad_token_id": 0, "bos_token_id": BOS, "eos_token_id": EOS,
 }
 LINES = ["the cat sat on the mat and the dog ran", "a dog ran", "one two three four five six"] * 4
@@ -340,7 +337,7 @@ def settings_for(folder, *flags):
 def test_a_run_from_a_checkpoint_keeps_its_head_or_gets_one(tmp_path, tokenizer, has):
     folder = checkpoint(tmp_path, tokenizer, length_head=has)
     flags = [] if has else ["--length_head", "true"]
-    parts = build_parts(settings_for(folder, *flags), [])
+    parts = build_parts(settings_for(folder, *flags), [], load_parts(folder))
     before, after = load_parts(folder).model.state_dict(), parts.model.state_dict()
     assert parts.model.config.length_head and parts.model.length_head.max_length == 20
     assert {n for n in after if n not in before and "length_head" not in n} == set()
@@ -352,13 +349,13 @@ def test_a_run_from_a_checkpoint_keeps_its_head_or_gets_one(tmp_path, tokenizer,
 def test_the_margin_is_the_head_s_and_training_canvases_keep_the_rule_s(tmp_path, tokenizer):
     folder = checkpoint(tmp_path, tokenizer, pad_loss_weight=0.1)
     settings = settings_for(folder, "--length_quantile", "0.8", "--canvas", "rule")
-    parts = build_parts(settings, [])
+    parts = build_parts(settings, [], load_parts(folder))
     targets = [" ".join(["cat"] * n) for n in (1, 1, 1, 2, 3)]
     rows = TokenRows(tokenizer, ["the dog ran"] * 5, targets, seed=0)
     store_limits(parts, settings, rows)
     fitted = parts.model.config
     assert (fitted.target_length_quantile, fitted.target_length_margin) == (0.8, 0)
-    canvas = make_collator(settings, parts, rows).canvas
+    canvas = make_canvas(settings, parts, rows)
     assert canvas.length_ratio == fitted.target_length_ratio
     lengths = sorted(len(ids) + 1 for ids in rows.targets)
     assert canvas.length_margin == lengths[3] - lengths[2] > 0

@@ -196,6 +196,14 @@ def test_absurd_sizes_are_refused_before_memory_is_taken(tokenizer, monkeypatch,
         run(pipeline, **asked)
 
 
+def test_a_ban_that_looks_back_needs_a_step_before(tokenizer):
+    pipeline = make(tokenizer)
+    for steps in ({"num_inference_steps": 1}, {"num_inference_steps": None, "timesteps": [1.0]}):
+        with pytest.raises(UserError, match="no_repeat_ngram does nothing in one step"):
+            run(pipeline, no_repeat_ngram=2, **steps)
+    assert run(pipeline, no_repeat_ngram=2, num_inference_steps=2).texts
+
+
 def test_guidance_of_a_model_that_did_not_learn_it_is_said_once(tokenizer, caplog):
     pipeline = make(tokenizer)
     with caplog.at_level(logging.WARNING):

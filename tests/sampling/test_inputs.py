@@ -21,6 +21,7 @@ from tess.schedulers.family import SAMPLERS
 from tess.schedulers.renoising import RenoisingScheduler
 from tess.schedulers.stopping import StoppingRule, text_mask
 from tess.text.tokenization import train_tokenizer
+from tiny import DENOISER
 
 PROMPTS = ["the cat sat", "a small dog slept by the old red door while rain fell", "rain"]
 FIXED = torch.tensor([[5, -1, -1, 7, -1, -1, 2], [-1] * 7, [9, 8, -1, -1, -1, -1, -1]])
@@ -35,11 +36,7 @@ def make(tokenizer, sampler="renoising", process=None, **settings) -> TessPipeli
     torch.manual_seed(5)
     config = TessConfig(
         backbone_config=HybridConfig(
-            vocab_size=len(tokenizer), hidden_size=32, hybrid_override_pattern="M*-",
-            num_attention_heads=4, num_key_value_heads=2, head_dim=8, intermediate_size=48,
-            ssm_state_size=8, mamba_num_heads=4, mamba_head_dim=8, n_groups=2, chunk_size=4,
-            tie_word_embeddings=True, mamba_direction="bidirectional", initializer_range=0.4,
-            bos_token_id=1, eos_token_id=2, pad_token_id=0,
+            **DENOISER, vocab_size=len(tokenizer), bos_token_id=1, eos_token_id=2, pad_token_id=0
         ),
         max_source_length=32, max_target_length=24, target_length_ratio=0.8,
         num_source_positions=64, num_target_positions=24,

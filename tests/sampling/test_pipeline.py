@@ -10,12 +10,14 @@ from tess.backbones.config import HybridConfig
 from tess.config import TessConfig
 from tess.denoiser import TessDenoiser
 from tess.errors import UserError
-from tess.pipeline import TessPipeline, TessPipelineOutput
+from tess.pipeline import TessPipeline
+from tess.sampling.call import TessPipelineOutput
 from tess.sampling.sources import draw_seed, example_keys
 from tess.sampling.writer import target_lengths
 from tess.schedulers.renoising import RenoisingScheduler
 from tess.schedulers.simplex import NoisedSimplex
 from tess.text.tokenization import train_tokenizer
+from tiny import DENOISER
 
 WORDS = "the cat sat on a mat while the small dog slept by an old red door and rain fell".split()
 PROMPTS = [
@@ -37,12 +39,7 @@ def make(tokenizer, process=None, **settings) -> TessPipeline:
     torch.manual_seed(5)
     config = TessConfig(
         backbone_config=HybridConfig(
-            vocab_size=len(tokenizer), hidden_size=32, hybrid_override_pattern="M*-E",
-            num_attention_heads=4, num_key_value_heads=2, head_dim=8, intermediate_size=48,
-            ssm_state_size=8, mamba_num_heads=4, mamba_head_dim=8, n_groups=2, chunk_size=4,
-            n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=24,
-            moe_shared_expert_intermediate_size=24, tie_word_embeddings=True,
-            mamba_direction="bidirectional", initializer_range=0.4,
+            **DENOISER | {"hybrid_override_pattern": "M*-E", "vocab_size": len(tokenizer)}
         ),
         **{
             "max_source_length": 32, "max_target_length": 24, "target_length_ratio": 0.8,

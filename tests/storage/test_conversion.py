@@ -18,14 +18,12 @@ from tess.errors import UserError
 from tess.storage.conversion import causal_to_tess, tess_to_causal
 from tess.storage.parts import Parts, load_parts, save_parts
 from tess.text.tokenization import train_tokenizer
+from tiny import DECODER
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "convert_checkpoint.py"
-OPTIONS = {
-    "hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
-    "intermediate_size": 32, "ssm_state_size": 8, "mamba_num_heads": 4, "mamba_head_dim": 16,
-    "n_groups": 1, "chunk_size": 8, "n_routed_experts": 4, "num_experts_per_tok": 2,
-    "moe_intermediate_size": 16, "moe_shared_expert_intermediate_size": 16,
-    "hybrid_override_pattern": "M*E-M", "initializer_range": 0.3, "num_nextn_predict_layers": 1,
+OPTIONS = DECODER | {
+    "hybrid_override_pattern": "M*E-M", "n_routed_experts": 4, "num_experts_per_tok": 2,
+    "tie_word_embeddings": False, "initializer_range": 0.3, "num_nextn_predict_layers": 1,
 }
 
 

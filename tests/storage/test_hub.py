@@ -12,6 +12,7 @@ from threading import Thread
 
 import pytest
 
+from tess.cli import checkpoint_or_default
 from tess.errors import UserError
 from tess.storage.hub import local_folder
 
@@ -65,7 +66,7 @@ def test_a_revision_is_the_one_that_was_asked_for(cache):
     snapshot = put(cache, "owner/shipped", SHIPPED, "v1")
     assert local_folder("owner/shipped@v1") == snapshot
     for name in ("owner/shipped", "owner/shipped@v2"):
-        with pytest.raises(UserError, match=f"no folder '{name}' here, and none on the hub: the c"):
+        with pytest.raises(UserError, match=f"no folder '{name}' here, and none on the hub: it is"):
             local_folder(name)
 
 
@@ -161,3 +162,9 @@ except UserError as error:
     assert set(configs.split()) == {name for name in wanted if name.endswith(".json")}
     assert set(files.split()) == Hub.fetched == wanted
     assert mistake.endswith("none on the hub: the hub has no such repository, or it is private")
+
+
+def test_an_empty_name_is_no_folder_and_not_the_default():
+    with pytest.raises(UserError, match="expected a folder or a hub id, got an empty name"):
+        local_folder("")
+    assert checkpoint_or_default("") == ""

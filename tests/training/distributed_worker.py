@@ -27,8 +27,8 @@ from tess.config import TessConfig
 from tess.denoiser import TessDenoiser
 from tess.schedulers.renoising import RenoisingScheduler
 from tess.training import run
+from tess.training.flags import parse_settings
 from tess.training.losses import ar_loss, tess_loss
-from tess.training.settings import parse_settings
 from tess.training.sharding import full_state, load_full_state, shard, whole_copy
 from tess.training.trainer import TextTrainer
 from tess.training.update import Update, processes
@@ -56,11 +56,11 @@ def watched_train(config: dict[str, Any], variant: str = "right") -> dict[str, A
     path = Path(config["output_dir"]).with_suffix(f".{processes()[1]}.yaml")
     path.write_text(yaml.safe_dump(config))
     seen: dict[str, Any] = {"loads": []}
-    make, save, balance = run.make_trainer, run.save_final, Router.balance
+    make, save, balance = run.make_trainer, TextTrainer.save_final, Router.balance
 
-    def make_trainer(settings, parts, *rest):
-        seen["start"] = copy.deepcopy(parts.model.state_dict())
-        return make(settings, parts, *rest)
+    def make_trainer(settings, prepared, *rest):
+        seen["start"] = copy.deepcopy(prepared.parts.model.state_dict())
+        return make(settings, prepared, *rest)
 
     def save_final(trainer, *rest):
         seen["end"] = copy.deepcopy(trainer.model.state_dict())
@@ -76,7 +76,7 @@ def watched_train(config: dict[str, Any], variant: str = "right") -> dict[str, A
     with (
         patch.object(Router, "balance", counted_balance),
         patch.object(run, "make_trainer", make_trainer),
-        patch.object(run, "save_final", save_final),
+        patch.object(TextTrainer, "save_final", save_final),
         WRONG[variant](),
     ):
         run.train(parse_settings([str(path)]))
@@ -118,8 +118,8 @@ def buffers_of_the_first_process() -> Iterator[None]:
         yield
 
 
-def first_rows(update: Update, drawn: torch.Tensor, turn: int | None = None) -> torch.Tensor:
-    return drawn[..., : len(update.batches[update.turn if turn is None else turn]["target_ids"])]
+def first_rows(update: Update, turn: int) -> slice:
+    return slice(0, len(update.batches[turn]["target_ids"]))
 
 
 def means_of_means(update: Update, weights_of: Callable) -> torch.Tensor:
@@ -130,7 +130,7 @@ WRONG: dict[str, Callable[[], Any]] = {
     "right": nullcontext,
     "gradients not averaged": gradients_not_averaged,
     "the same rows": the_same_rows,
-    "the same draws": lambda: patch.object(Update, "own", first_rows),
+    "the same draws": lambda: patch.object(Update, "rows", first_rows),
     "means of means": lambda: patch.object(Update, "mean_shares", means_of_means),
     "buffers of the first process": buffers_of_the_first_process,
 }

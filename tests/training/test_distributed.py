@@ -13,8 +13,8 @@ import yaml
 
 from tess.errors import UserError
 from tess.storage.parts import load_parts
+from tess.training.flags import parse_settings
 from tess.training.run import train
-from tess.training.settings import parse_settings
 
 ROOT = Path(__file__).parents[2]
 WORKER = ROOT / "tests" / "training" / "distributed_worker.py"

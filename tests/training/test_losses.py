@@ -12,15 +12,10 @@ from tess.errors import UserError
 from tess.schedulers.density import LearnedDensity
 from tess.schedulers.renoising import RenoisingScheduler
 from tess.training.losses import ar_loss, sample_uniforms, tess_loss
+from tiny import DECODER
 
 BOS, EOS, V = 1, 2, 40
-SIZES = {
-    "vocab_size": V, "hybrid_override_pattern": "M*E-", "hidden_size": 32,
-    "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "intermediate_size": 32,
-    "ssm_state_size": 8, "mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 1,
-    "chunk_size": 8, "n_routed_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16,
-    "moe_shared_expert_intermediate_size": 16, "tie_word_embeddings": True,
-}
+SIZES = DECODER | {"vocab_size": V}
 SCHEDULER = RenoisingScheduler(vocab_size=V)
 
 

@@ -1,6 +1,7 @@
 """Every recipe of scripts/train.py is valid, builds a model, and is what docs/recipes.md says."""
 
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,9 @@ import tess.training.start
 from tess.backbones.config import HybridConfig
 from tess.config import TessConfig
 from tess.costs.training import update_flops
-from tess.data.collators import objective_names
 from tess.data.tasks.catalog import get_task
-from tess.training.settings import parse_settings
+from tess.training.flags import parse_settings
+from tess.training.settings import OWN
 from tess.training.start import build_parts
 
 ROOT = Path(__file__).parents[2]
@@ -72,10 +73,17 @@ def test_the_page_lists_the_recipes_that_there_are():
     assert set(ROWS) == set(RECIPES)
 
 
+def test_every_setting_stands_in_a_recipe_or_on_the_page():
+    recipes = (ROOT / "scripts" / "recipes").glob("*.yaml")
+    words = set(re.findall(r"\w+", PAGE + " ".join(path.read_text() for path in recipes)))
+    ours = {field.name for kind in OWN for field in fields(kind)}
+    assert not ours - words
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_is_valid_and_its_model_is_the_page_s(name, monkeypatch):
     settings = settings_of(name)
-    objective_names(settings.data.conditional_generation)
+    assert settings.data.corruptions
     if settings.data.task:
         assert "train" in get_task(settings.data.task).splits(settings.data.dataset or "samples")
     said = column(name, "parameters")

@@ -10,14 +10,16 @@ import yaml
 from safetensors.torch import load_file
 
 from tess.backbones.pretrained import stays_float32
+from tess.data.token_rows import TokenRows
 from tess.decoders.load import load_decoder
 from tess.errors import UserError
 from tess.schedulers.recoverability import auto_simplex_value
 from tess.schedulers.simplex import NUM_TOP
 from tess.storage.parts import load_parts
 from tess.text.tokenization import train_tokenizer
-from tess.training.run import make_collator, train
-from tess.training.settings import parse_settings
+from tess.training.flags import parse_settings
+from tess.training.run import train
+from tess.training.start import make_canvas
 
 TINY = {
     "task": "simplification",
@@ -102,6 +104,80 @@ def test_a_killed_run_goes_on_to_the_same_losses(tmp_path, changes):
     assert resumed == straight
     one, other = load_parts(final).model.state_dict(), load_parts(resumed_final).model.state_dict()
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"objective": "ar", "mtp_depth": 2},
+        {"length_head": True, "pad_loss_weight": 0.1, "canvas": "rule"},
+        {"conditional_generation": "seq2seq,ul2,text_infilling", "source_drop_probability": 0.3},
+    ],
+    ids=["ar", "tess", "mixture"],
+)
+def test_accumulating_is_the_same_training(tmp_path, changes):
+    # 22 rows: the last update of an epoch has 6, and the last of its micro-batches of 4 has 2
+    common = {
+        "max_steps": 4, "max_train_samples": 22, "adam_epsilon": 1e-4, "save_strategy": "steps",
+        "save_steps": 4, "eval_strategy": "steps", "eval_steps": 4, **changes,
+    }
+    runs = {}
+    for batch, accumulation, eval_batch in ((8, 1, 4), (4, 2, 1), (1, 8, 3)):
+        sizes = {
+            "per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation,
+            "per_device_eval_batch_size": eval_batch,
+        }
+        final, losses = run(tmp_path, f"batch {batch}", **common | sizes)
+        state = json.loads((final.parent / "checkpoint-4" / "trainer_state.json").read_text())
+        evaluation = [entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry]
+        runs[batch] = losses, evaluation, load_parts(final).model.state_dict()
+    (losses, evaluation, weights), *others = runs.values()
+    for other_losses, other_evaluation, other_weights in others:
+        assert other_losses == pytest.approx(losses, abs=1e-4)
+        if "," not in changes.get("conditional_generation", ""):  # there it is one draw per batch
+            assert other_evaluation == pytest.approx(evaluation, abs=1e-4)
+        for name, tensor in weights.items():
+            torch.testing.assert_close(other_weights[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("batch", "accumulation", "want"), [(8, 1, 15), (2, 2, 18), (2, 1, 24), (6, 1, 16)]
+)
+def test_a_run_goes_on_by_rows_where_batches_have_another_size(
+    tmp_path, monkeypatch, batch, accumulation, want
+):
+    """24 rows in batches of 4, three epochs: killed after 12 updates, at the end of the second."""
+    common = {"objective": "ar", "num_train_epochs": 3, "save_strategy": "steps"}
+    first, _ = run(tmp_path, save_steps=2, max_steps=12, **common)
+    shutil.rmtree(first)
+    seen = []
+    read = TokenRows.__getitem__
+    monkeypatch.setattr(
+        TokenRows, "__getitem__", lambda self, key: seen.append(key) or read(self, key)
+    )
+    sizes = {
+        "per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation,
+        "save_steps": 1,
+    }
+    for stop, rows in ((12, 0), (10, 16)):
+        for folder in (tmp_path / "run").glob("checkpoint-*"):
+            if int(folder.name.split("-")[1]) > stop:
+                shutil.rmtree(folder)
+        shutil.copytree(tmp_path / "run", tmp_path / f"from {stop}")
+        seen.clear()
+        final, losses = run(tmp_path, f"from {stop}", **common | sizes)
+        per_update = batch * accumulation
+        left = (24 - rows // per_update * per_update if rows else 0, 24)
+        updates = sum(-(-part // per_update) for part in left)
+        assert max(losses) == stop + updates
+        if stop == 12:
+            assert max(losses) == want
+        trained = [key for key in seen if isinstance(key, tuple)]
+        assert len(trained) == sum(left)
+        # an epoch that is gone on with gives no row twice that it had given before that update
+        assert sorted(index for epoch, index, _ in trained if epoch == 2) == list(range(24))
+        of_second = [index for epoch, index, _ in trained if epoch == 1]
+        assert len(set(of_second)) == len(of_second) == left[0]
 
 
 def test_resuming_at_the_end_of_an_epoch_is_exact_too(tmp_path):
@@ -331,7 +407,7 @@ def test_unset_settings_of_the_process_are_those_of_the_checkpoint(tmp_path):
     assert values(published) == (process, 0.0)
     parts = load_parts(kept)
     settings = parse_settings(["--init_from", "x", "--task", "simplification", "--output_dir", "o"])
-    assert make_collator(settings, parts).canvas.pad_loss_weight == 0.25
+    assert make_canvas(settings, parts, None).pad_loss_weight == 0.25
 
 
 def test_a_checkpoint_whose_tokenizer_does_not_fit_cannot_be_gone_on_from(tmp_path):
@@ -427,6 +503,19 @@ def test_another_model_in_the_same_folder_is_refused(tmp_path):
 
 
 # Saving
+
+
+def test_a_final_folder_with_other_files_is_refused_before_training(tmp_path, monkeypatch):
+    monkeypatch.setattr("tess.training.run.prepare", lambda *_: pytest.fail("went on"))
+    (tmp_path / "run" / "final").mkdir(parents=True)
+    notes = tmp_path / "run" / "final" / "notes.txt"
+    notes.write_text("mine")
+    with pytest.raises(UserError, match="final holds something else than a checkpoint.*notes.txt"):
+        run(tmp_path)
+    notes.rename(notes.with_name("config.json"))  # of another model
+    with pytest.raises(UserError, match="final holds something else than a checkpoint"):
+        run(tmp_path)
+    assert notes.with_name("config.json").read_text() == "mine"
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint_loadable(tmp_path, monkeypatch):

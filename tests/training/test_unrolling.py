@@ -13,9 +13,9 @@ from tess.config import TessConfig
 from tess.denoiser import TessDenoiser
 from tess.errors import UserError
 from tess.schedulers.renoising import RenoisingScheduler
+from tess.training.flags import parse_settings
 from tess.training.losses import _later_times, sample_uniforms, tess_loss
-from tess.training.run import make_loss
-from tess.training.settings import parse_settings
+from tess.training.start import make_loss
 from tess.training.update import Update
 
 BOS, EOS, V = 1, 2, 40

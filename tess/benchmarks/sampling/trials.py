@@ -16,7 +16,7 @@ from tess.data.tasks.catalog import DEFAULT_DATASET, load_task
 from tess.decoders.load import load_decoder
 from tess.errors import UserError
 from tess.metrics.scores import score
-from tess.pipeline import TessPipeline
+from tess.sampling.call import TextDiffusion
 from tess.sampling.sources import seeded_keys
 from tess.sampling.steps import StepTrace
 from tess.schedulers.family import SAMPLERS
@@ -109,7 +109,7 @@ class Trials:
     """A model and rows; `use` takes another sampler, `write` writes one text for every row."""
 
     def __init__(
-        self, pipeline: TessPipeline, data: Data, batch_size: int = 16, checkpoint: str = ""
+        self, pipeline: TextDiffusion, data: Data, batch_size: int = 16, checkpoint: str = ""
     ) -> None:
         self.pipeline, self.data, self.batch_size = pipeline, data, batch_size
         self.checkpoint = checkpoint

@@ -243,7 +243,8 @@ def test_a_blank_reference_is_refused_by_every_measure(name):
 
 def test_a_reference_without_a_token_is_none():
     # the empty one would be the closest in length
-    short, reference = ["the black cat sat on"], "the black cat sat on the mat and slept all day long"
+    short = ["the black cat sat on"]
+    reference = "the black cat sat on the mat and slept all day long"
     empty = {"bleu": "<skipped>", "fairseq_bleu": "<skipped>", "sentence_bleu": "\ufffd"}
     for name, nothing in empty.items():
         alone = value(name, short, [[reference]])

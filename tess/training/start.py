@@ -182,8 +182,8 @@ def _adapted(settings: Settings, given: Parts) -> Parts:
     was = given.model.config
     backbone = was if isinstance(was, HybridConfig) else was.backbone_config
     changes = settings.model.backbone_fields | _predictor(settings, backbone)
-    changes |= own_ends(given.tokenizer)
     chosen = {} if settings.model.objective == "ar" else _denoiser_fields(settings)
+    changes |= own_ends(given.tokenizer)
     backbone = HybridConfig(**(own_fields(backbone) | changes))
     if settings.model.objective == "ar":
         model: Model = HybridForCausalLM(backbone)

@@ -116,7 +116,7 @@ def test_an_interrupted_distillation_goes_on(tmp_path, monkeypatch):
 
     def stop(rows, seen=[]):  # noqa: B006
         seen.append(rows)
-        if len(seen) == 3:
+        if len(seen) == 4:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -5,7 +5,7 @@ import torch
 
 from tess.schedulers.density import LearnedDensity, pool_adjacent_violators
 from tess.schedulers.renoising import RenoisingScheduler
-from tess.training.run import learned_density
+from tess.training.start import learned_density
 
 
 def rising_fit(values: torch.Tensor) -> torch.Tensor:

@@ -44,7 +44,7 @@ def test_every_sampler_is_compared_at_every_time():
     assert [line[:2] for line in table[2:]] == [
         [kind, t] for kind in ("sharpening", "unsure") for t in ("0.5", "0.1")
     ]
-    assert table[2][3] == "-" and table[2][4].endswith("/ -")
+    assert table[2][3] == "–" and table[2][4].endswith("/ –")
     figures = [f"{cut[name]:.{digits}f}" for name, digits in
                (("mean_error", 3), ("ks_share", 2), ("correlation_error", 3))]
     assert table[5][5] == " / ".join(figures) + " *"

@@ -346,9 +346,11 @@ def test_pipeline_with_a_broken_denoiser_is_refused_by_name(tokenizer, tmp_path)
 
 def test_components_must_fit_each_other(tokenizer):
     pipeline = make(tokenizer)
-    small = train_tokenizer(["the cat"], 261)
-    with pytest.raises(UserError, match="vocabulary mismatch: the tokenizer has 261 ids"):
-        TessPipeline(pipeline.denoiser, pipeline.scheduler, small)
+    large = train_tokenizer(["the cat"], 261)
+    large.add_tokens([f"word{i}" for i in range(len(tokenizer))])
+    found = f"vocabulary mismatch: the tokenizer has {261 + len(tokenizer)} ids"
+    with pytest.raises(UserError, match=found):
+        TessPipeline(pipeline.denoiser, pipeline.scheduler, large)
     with pytest.raises(UserError, match="simplex_value mismatch: the scheduler has 4.0"):
         scheduler = RenoisingScheduler(vocab_size=len(tokenizer), simplex_value=4.0)
         TessPipeline(pipeline.denoiser, scheduler, tokenizer)

@@ -31,7 +31,7 @@ from tess.training.flags import parse_settings
 from tess.training.losses import ar_loss, tess_loss
 from tess.training.sharding import full_state, load_full_state, shard, whole_copy
 from tess.training.trainer import TextTrainer
-from tess.training.update import Update, processes
+from tess.training.update import Batch, Update, processes
 
 V, EOS = 64, 2
 SIZES = {
@@ -157,7 +157,7 @@ def rows(count: int) -> dict[str, torch.Tensor]:
 
 def causal() -> tuple[torch.nn.Module, Callable]:
     model = HybridForCausalLM(HybridConfig(**SIZES, num_nextn_predict_layers=1))
-    return model, lambda model, batch: ar_loss(model, batch, mtp_depth=2)
+    return model, lambda model, batch, update: ar_loss(model, batch, update, mtp_depth=2)
 
 
 def denoiser(**changes: Any) -> tuple[torch.nn.Module, Callable]:
@@ -172,7 +172,11 @@ def denoiser(**changes: Any) -> tuple[torch.nn.Module, Callable]:
     config = TessConfig(backbone_config=backbone, **lengths | changes)
     scheduler = RenoisingScheduler(vocab_size=V, simplex_value=config.simplex_value)
     options = {"self_conditioning_probability": 1.0, "unroll_probability": 0.5}
-    return TessDenoiser(config), lambda model, batch: tess_loss(model, scheduler, batch, **options)
+
+    def loss(model: torch.nn.Module, batch: Batch, update: Update | None) -> torch.Tensor:
+        return tess_loss(model, scheduler, batch, update, **options)
+
+    return TessDenoiser(config), loss
 
 
 SHARDED = {
@@ -184,15 +188,19 @@ SHARDED = {
 
 
 def steps(
-    model: torch.nn.Module, loss_of: Callable, batch: dict[str, torch.Tensor]
+    model: torch.nn.Module, loss_of: Callable, batch: Batch, alone: bool = False
 ) -> tuple[list[float], list[dict[str, torch.Tensor]]]:
-    """The losses, and the whole gradients, of two updates; whole weights are the last entry."""
+    """The losses, and the whole gradients, of two updates; whole weights are the last entry.
+
+    alone: the batch is the whole update, although there are other processes.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-4)
     losses, states = [], []
     torch.manual_seed(1)
     for _ in range(2):
         optimizer.zero_grad()
-        loss = loss_of(model, batch)
+        update = Update([batch], [0], len(batch["target_ids"])) if alone else None
+        loss = loss_of(model, batch, update)
         loss.backward()
         gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
         states.append(
@@ -210,8 +218,7 @@ def sharded_result(make: Callable) -> dict[str, Any]:
     model, loss_of = make()
     whole = copy.deepcopy(model).train()
     batch, (size, index) = rows(4), processes()
-    with WRONG["the same draws"](), WRONG["means of means"]():  # which is right for one process
-        want = steps(whole, loss_of, batch)
+    want = steps(whole, loss_of, batch, alone=True)
     shard(model.train(), torch.device("cpu"))
     own = slice(index * 4 // size, (index + 1) * 4 // size)
     losses, states = steps(model, loss_of, {name: t[own] for name, t in batch.items()})

@@ -27,7 +27,7 @@ PAGE = (ROOT / "docs" / "recipes.md").read_text()
 ROWS = {
     row.split("|")[1].strip(" `"): [cell.strip() for cell in row.split("|")[1:-1]]
     for row in PAGE.splitlines()
-    if row.startswith("| `")
+    if re.match(r"\| `\w+\.yaml` ", row)
 }
 UNRUN = [name for name in RECIPES if name.endswith(("_gpu.yaml", "_paper.yaml"))]
 
@@ -42,6 +42,9 @@ class Tokens:
 
     def __len__(self):
         return self.size
+
+    def get_vocab(self):
+        return {str(id_): id_ for id_ in range(self.size)}
 
 
 def settings_of(name, *flags):

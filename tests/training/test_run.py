@@ -412,8 +412,10 @@ def test_unset_settings_of_the_process_are_those_of_the_checkpoint(tmp_path):
 
 def test_a_checkpoint_whose_tokenizer_does_not_fit_cannot_be_gone_on_from(tmp_path):
     final, _ = run(tmp_path, max_steps=1)
-    train_tokenizer(["a b c"] * 5, 262).save_pretrained(final / "tokenizer")
-    with pytest.raises(UserError, match="vocabulary mismatch: the tokenizer has 26. ids"):
+    large = train_tokenizer(["a b c"] * 5, 262)
+    large.add_tokens([f"word{i}" for i in range(300)])
+    large.save_pretrained(final / "tokenizer")
+    with pytest.raises(UserError, match=r"vocabulary mismatch: the tokenizer has 56\d ids"):
         run(tmp_path, "next", init_from=str(final), max_steps=1, **NO_SIZES)
 
 
@@ -491,7 +493,7 @@ def test_unknown_flag_and_missing_file_name_the_problem(tmp_path):
 
 def test_vocabulary_mismatch_is_refused(tmp_path):
     train_tokenizer(["a b c"] * 5, 262).save_pretrained(tmp_path / "tokenizer")
-    with pytest.raises(UserError, match=r"the tokenizer has 26\d ids and .* vocab_size is 300"):
+    with pytest.raises(UserError, match=r"the tokenizer has 26\d ids and vocab_size is 300"):
         run(tmp_path, train_tokenizer=False, tokenizer=str(tmp_path / "tokenizer"))
 
 

@@ -113,7 +113,6 @@ class Trials:
     ) -> None:
         self.pipeline, self.data, self.batch_size = pipeline, data, batch_size
         self.checkpoint = checkpoint
-        pipeline.set_progress_bar_config(disable=True)
         self.sources = [example.source for example in data.examples]
         self.references = [list(example.references) for example in data.examples]
         longest = pipeline.denoiser.config.max_source_length

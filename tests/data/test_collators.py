@@ -279,7 +279,10 @@ def test_processes_share_the_batches_that_one_process_has(tokenizer, bucket):
         assert firsts == {together[start][1]}
     # what is drawn once per batch is the same in its parts
     collate = Collator(
-        tokenizer, "ul2,unconditional,text_infilling", max_source_length=16, max_target_length=16
+        tokenizer,
+        ("ul2", "unconditional", "text_infilling"),
+        max_source_length=16,
+        max_target_length=16,
     )
     for start in range(0, 32, 8):
         rows = [data[key] for key in together[start : start + 8]]

@@ -33,7 +33,10 @@ def poisoned(monkeypatch):
     def poison(function):
         def make_poisoned(*args, **kwargs):
             tensor = function(*args, **kwargs)
-            return tensor.fill_(torch.nan if tensor.dtype.is_floating_point else -(10**6))
+            if tensor.dtype.is_floating_point:
+                return tensor.fill_(torch.nan)
+            least = 0 if tensor.dtype == torch.bool else torch.iinfo(tensor.dtype).min
+            return tensor.fill_(max(-(10**6), least))
 
         return make_poisoned
 

@@ -186,7 +186,12 @@ def test_negative_products_are_cut_off_and_nan_is_not():
     assert out[4].isnan().all()  # not hidden, and only in its own row
 
 
-def test_a_token_alone_is_bitwise_as_in_a_batch(only):
+def test_a_token_alone_is_as_in_a_batch_on_a_gpu_to_the_bit(only):
+    """In the interpreter products are numpy's, whose last bit may depend on a row's place."""
+
+    def same(one, other):
+        return relative(one, other) < 1e-6 if is_interpreted() else torch.equal(one, other)
+
     only("few")
     leaves, ids = inputs(20, 3, 2, 40, 24)
     upstream = torch.randn_like(leaves[0])
@@ -195,8 +200,8 @@ def test_a_token_alone_is_bitwise_as_in_a_batch(only):
         row = slice(t, t + 1)
         alone = [leaves[0][row], leaves[1][row], *leaves[2:]]
         got = run([leaf.detach().requires_grad_() for leaf in alone], ids[row], upstream[row])
-        assert torch.equal(got[0], out[row])
-        assert torch.equal(got[1], dx[row]) and torch.equal(got[2], dweights[row])
+        assert same(got[0], out[row])
+        assert same(got[1], dx[row]) and same(got[2], dweights[row])
 
 
 def test_inputs_and_gradients_may_lie_anywhere():

@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
 # datasets 5.2.0, pyarrow 26.0.1: a column whose values are a text in one row and a list of texts in
 # another is stored as JSON. Read back from Parquet by pyarrow each value is JSON source: a text comes
-# with quotation marks around it, a list is one string. In such a column the
-# text "42" is stored as the number 42.
+# with quotation marks around it, a list is one string. The text "42" is stored as the number 42.
 # Seen 1 December 2026:
 #   pyarrow: ['"one text"', '["a","b"]', '42'] (extension<arrow.json>)
 #   datasets: ['one text', ['a', 'b'], 42]

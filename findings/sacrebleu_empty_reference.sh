@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # sacrebleu 2.6.0: an empty string among the references is a reference of length 0. It is the closest
 # in length to a text that is too short, so the brevity penalty goes and the score rises.
-# Seen 1 December 2026: one reference 15.8, the same beside an empty one 70.7
+# Seen 1 December 2026: one reference 22.3, the same beside an empty one 100.0
 set -euo pipefail
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT

@@ -2,7 +2,7 @@
 # transformers 5.24.0: a ModelOutput of one's own with a field `past_key_values`, as 5.23 models have,
 # can no longer be made by keyword: the keyword is renamed to `cache` before the dataclass sees it.
 # Reading `.past_key_values` of an output with a field `cache` still works.
-# Seen 1 December 2026: __init__() got an unexpected keyword argument 'cache'
+# Seen 1 December 2026: Old.__init__() got an unexpected keyword argument 'cache'
 set -euo pipefail
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT

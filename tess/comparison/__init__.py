@@ -4,6 +4,7 @@ run           plan, train, write, time, report
 settings      what may be asked beside the recipe
 recipe        what a recipe may say
 rows          training and test rows, and the facts about them
+clock         updates of a training, and how long one takes
 arms          the trainings of both arms, and whether they are alike
 distillation  the teacher's texts for a distilled arm
 training      the arms, one after the other

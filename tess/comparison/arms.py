@@ -7,17 +7,16 @@ goes on from its last checkpoint, and a finished one is not repeated.
 import dataclasses
 import hashlib
 import json
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from tess.backbones.config import HybridConfig
+from tess.comparison.clock import Clock
 from tess.comparison.recipe import ARMS, Recipe, Stage
 from tess.data.settings import DataArguments
 from tess.errors import UserError
@@ -405,7 +404,7 @@ def run_arm(arm: Arm, advance: Callable[[int], None] = lambda updates: None) -> 
         write_atomically(arm.folder / ARM_FILE, json.dumps(now, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"cannot write to {arm.folder}: {error.strerror}") from error
-    clock = _Clock(advance)
+    clock = Clock(advance)
     try:
         train(settings, callbacks=[clock])
     except UserError as error:
@@ -473,30 +472,3 @@ def _check_record(arm: Arm, record: Mapping[str, Any], now: Mapping[str, Any]) -
             f"{arm.folder} learned other texts than those in {arm.texts}; choose another "
             "output_dir, or remove that folder"
         )
-
-
-class _Clock(TrainerCallback):
-    """Counts updates and times them."""
-
-    def __init__(self, advance: Callable[[int], None]) -> None:
-        self.advance, self.at, self.ran = advance, 0, 0
-        self.first = self.last = 0.0
-
-    @property
-    def seconds_per_update(self) -> float | None:
-        # the first update of a run also warms up
-        return (self.last - self.first) / (self.ran - 1) if self.ran > 1 else None
-
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
-        self._move(state.global_step)
-
-    def on_step_end(self, args, state, control, **kwargs) -> None:
-        self.last = time.perf_counter()
-        self.ran += 1
-        if self.ran == 1:
-            self.first = self.last
-        self._move(state.global_step)
-
-    def _move(self, step: int) -> None:
-        self.advance(step - self.at)
-        self.at = step
